@@ -1,0 +1,85 @@
+"""The command line: operator commands over HTTP, and `serve`, which starts the daemon.
+
+Commands are imported when they are asked for, so that `hive --help` stays quick.
+"""
+
+import sys
+from importlib import import_module
+from typing import Any
+
+import click
+
+from hive import __version__
+from hive.errors import HiveError
+
+# Name -> (module, attribute, help line). The help stands here so that listing imports nothing.
+COMMANDS = {
+    "serve": ("hive.cli.serve", "serve", "Run the daemon in the foreground."),
+    "check": ("hive.cli.serve", "check", "Try the configuration without serving."),
+    "status": ("hive.cli.status", "status", "Show the daemon, its models and workers."),
+    "health": ("hive.cli.status", "health", "Say whether the daemon and its models can serve."),
+    "test-connection": ("hive.cli.status", "test_connection", "Ask each engine whether it answers."),
+    "worker": ("hive.cli.worker", "worker", "List, show, start, stop and restart workers; read logs."),
+    "key": ("hive.cli.key", "key", "Make, list and revoke API keys."),
+    "explain": ("hive.cli.explain", "explain", "Say what an error code means and what to do."),
+    "engine": ("hive.cli.engine", "engine", "Install the managed engine environment."),
+    "model": ("hive.cli.model", "model", "Make the tiny random-weight model."),
+}
+
+
+class LazyGroup(click.Group):
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        return list(COMMANDS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        if cmd_name not in COMMANDS:
+            return None
+        module, attribute, _ = COMMANDS[cmd_name]
+        command: click.Command = getattr(import_module(module), attribute)
+        return command
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        with formatter.section("Commands"):
+            formatter.write_dl([(name, entry[2]) for name, entry in COMMANDS.items()])
+
+    def resolve_command(self, ctx: click.Context, args: list[str]) -> Any:
+        try:
+            return super().resolve_command(ctx, args)
+        except click.UsageError as exc:
+            from difflib import get_close_matches
+
+            near = get_close_matches(args[0], COMMANDS, n=1)
+            if near:
+                exc.message += f" Did you mean '{near[0]}'?"
+            raise
+
+
+@click.command(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__, prog_name="hive")
+def hive() -> None:
+    """One daemon per GPU host: it owns inference engines and serves their models.
+
+    Exit codes: 0 success, 1 error, 2 wrong usage, 70 internal error, 124 timeout, 130 Ctrl+C,
+    137 killed, 255 daemon not reachable.
+    """
+
+
+def run(args: list[str]) -> int:
+    """Run one command; the exit status."""
+    try:
+        result = hive.main(args, prog_name="hive", standalone_mode=False)
+    except click.exceptions.Exit as exc:
+        return exc.exit_code
+    except click.Abort:
+        return 130
+    except click.ClickException as exc:
+        exc.show()
+        return exc.exit_code
+    except HiveError as exc:
+        from hive.cli.output import show_error
+
+        show_error(exc, as_json="--json" in args)
+        return exc.exit_code
+    finally:
+        sys.stdout.flush()
+    return result if isinstance(result, int) else 0

@@ -1,0 +1,47 @@
+"""What commands print: JSON for programs, tables for people, errors for both."""
+
+import json
+import sys
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import click
+
+from hive.errors import HiveError
+
+json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON for programs.")
+
+
+def print_json(value: Any) -> None:
+    print(json.dumps(value, indent=2, default=str))
+
+
+def print_table(columns: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
+    """A plain table; wide cells wrap on a terminal and stay whole in a pipe."""
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(box=None, pad_edge=False, header_style="bold", show_edge=False)
+    for column in columns:
+        table.add_column(column, overflow="fold")
+    for row in rows:
+        table.add_row(*("" if cell is None else str(cell) for cell in row))
+    width = None if sys.stdout.isatty() else 1000
+    Console(width=width, highlight=False, markup=False, soft_wrap=width is not None).print(table)
+
+
+def show_error(error: HiveError, *, as_json: bool) -> None:
+    """The error on stderr; with --json its body on stdout, too."""
+    if as_json:
+        print_json(error_body(error))
+    for line in error.details.get("problems", ()):
+        print(f"hive: {line}", file=sys.stderr)
+    print(f"hive: {error.code}: {error.message}", file=sys.stderr)
+    print(f"hive: what to do: {error.suggested_action}", file=sys.stderr)
+
+
+def error_body(error: HiveError) -> dict[str, Any]:
+    """The error as contract's body; local commands show what HTTP would."""
+    from hive.gateway.problems import body
+
+    return body(error)

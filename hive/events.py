@@ -1,0 +1,136 @@
+"""Facts that hive announces, and the way they are heard.
+
+Whoever causes a fact announces it once; metrics, logs and the event stream only listen.
+"""
+
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Event:
+    """One fact. Times are seconds; byte counts are bytes."""
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerMoved(Event):
+    """A worker left one state for another; `reason` is a sentence or empty."""
+
+    worker: str
+    model: str
+    old: str
+    new: str
+    reason: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerStarted(Event):
+    """The engine's process exists. `unasked` says that nobody asked for this start."""
+
+    worker: str
+    model: str
+    pid: int
+    unasked: bool
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerReady(Event):
+    """The engine answered its probe, `load_s` seconds after its process began."""
+
+    worker: str
+    model: str
+    load_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerExited(Event):
+    """The engine's first process ended: `cause` is asked, crashed, signal, guard_lost, …"""
+
+    worker: str
+    model: str
+    cause: str
+    status: str
+    asked: bool
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerEnded(Event):
+    """The whole process tree is gone; `how` is exit, term or kill."""
+
+    worker: str
+    model: str
+    how: str
+    stop_s: float
+    members: int
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerRestartPlanned(Event):
+    """The worker will start again by itself after `delay_s`."""
+
+    worker: str
+    model: str
+    delay_s: float
+    starts: int
+    allowed: int
+
+
+@dataclass(frozen=True, slots=True)
+class RequestArrived(Event):
+    """A client's request was accepted for a model."""
+
+    request_id: str
+    model: str
+    path: str
+
+
+@dataclass(frozen=True, slots=True)
+class RequestEnded(Event):
+    """A client's request is over. `status` is the HTTP status sent (499: the client left)."""
+
+    request_id: str
+    method: str
+    path: str
+    status: int
+    model: str | None
+    worker: str | None
+    code: str | None
+    key: str | None
+    seconds: float
+    first_byte_s: float | None
+    bytes_in: int
+    bytes_out: int
+
+
+@dataclass(frozen=True, slots=True)
+class DaemonMoved(Event):
+    """The daemon itself: listening, stopping, stopped."""
+
+    state: str
+    detail: str = ""
+
+
+Listener = Callable[[Event], None]
+
+
+class Announcer:
+    """Hands each event to every listener, in order, in the announcing task."""
+
+    def __init__(self) -> None:
+        self._listeners: list[Listener] = []
+
+    def listen(self, listener: Listener) -> None:
+        self._listeners.append(listener)
+
+    def announce(self, event: Event) -> None:
+        for listener in self._listeners:
+            try:
+                listener(event)
+            except Exception:  # a boundary: a broken listener must not stop the fact's cause
+                log.exception("a listener failed on %s", type(event).__name__)
+
+    def __repr__(self) -> str:
+        return f"<Announcer {len(self._listeners)} listeners>"

@@ -1,0 +1,603 @@
+"""Every knob of hive: its name, its unit, its default, and what it must agree with.
+
+`load` reads a TOML file, lets `HIVE_SECTION__KEY` variables and flags override scalar keys, and
+either returns frozen `Settings` or raises one `ConfigInvalid` that lists every problem with the
+key, what was given, what would be right and the nearest known key (R020, R049, R074, C10).
+"""
+
+import difflib
+import os
+import re
+import tomllib
+from collections.abc import Iterator, Mapping
+from ipaddress import ip_address
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
+from pydantic_core import ErrorDetails, PydanticCustomError
+from pydantic_settings import (
+    BaseSettings,
+    EnvSettingsSource,
+    InitSettingsSource,
+    PydanticBaseSettingsSource,
+    SettingsConfigDict,
+)
+
+from hive.errors import ConfigInvalid
+
+DEFAULT_FILES = (Path("hive.toml"), Path("/etc/hive/hive.toml"))
+SOCKET_PATH_BYTES = 107  # sun_path less the closing NUL
+NAME = re.compile(r"[A-Za-z0-9](?:[A-Za-z0-9._-]{0,62}[A-Za-z0-9])?\Z")
+_GPU_DEVICE = re.compile(r"(cuda:(0|[1-9][0-9]{0,2})|GPU-[0-9a-fA-F-]{8,36})\Z")
+
+Seconds = Annotated[float, Field(gt=0, le=86_400, allow_inf_nan=False)]
+SecondsOrNone = Annotated[float, Field(ge=0, le=86_400, allow_inf_nan=False)]  # 0 = none
+
+
+def _device(value: str) -> str:
+    if value == "cpu" or _GPU_DEVICE.match(value):
+        return value
+    raise PydanticCustomError(
+        "device", 'a device is "cuda:N" (NVML\'s N), "GPU-<uuid>" or "cpu"; hive never chooses one'
+    )
+
+
+def _as_devices(value: object) -> object:
+    return [value] if isinstance(value, str) else value
+
+
+def _one_kind(devices: tuple[str, ...]) -> tuple[str, ...]:
+    if len(set(devices)) != len(devices):
+        raise PydanticCustomError("device", "a device is named twice")
+    if "cpu" in devices and len(devices) > 1:
+        raise PydanticCustomError("device", '"cpu" cannot be part of a list of devices')
+    return devices
+
+
+Device = Annotated[str, AfterValidator(_device)]
+# One worker's devices: one, or several for tensor parallelism.
+Devices = Annotated[
+    tuple[Device, ...],
+    Field(min_length=1, max_length=64),
+    BeforeValidator(_as_devices),
+    AfterValidator(_one_kind),
+]
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+def _default_state_dir() -> Path:
+    systemd = os.environ.get("STATE_DIRECTORY", "").split(":")[0]
+    if systemd:
+        return Path(systemd)
+    base = os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state"
+    return Path(base) / "hive"
+
+
+def _default_runtime_dir() -> Path:
+    systemd = os.environ.get("RUNTIME_DIRECTORY", "").split(":")[0]
+    if systemd:
+        return Path(systemd)
+    base = os.environ.get("XDG_RUNTIME_DIR")
+    return Path(base) / "hive" if base else Path(f"/tmp/hive-{os.getuid()}")  # noqa: S108 (made 0700, owner checked)
+
+
+class Server(Section):
+    """Where hive listens, where it keeps things, and what it does on a GPU error."""
+
+    host: str = Field(
+        "127.0.0.1",
+        min_length=1,
+        description="Address to listen on; anything but loopback needs API keys.",
+    )
+    port: int = Field(
+        7411, ge=0, le=65535, description="TCP port; 0 lets the kernel choose (it is logged)."
+    )
+    state_dir: Path = Field(
+        default_factory=_default_state_dir,
+        description="Logs, journals and windows; made 0700. Default: $STATE_DIRECTORY, else $XDG_STATE_HOME/hive.",
+    )
+    runtime_dir: Path = Field(
+        default_factory=_default_runtime_dir,
+        description="Sockets and engines' temporary files; made 0700. Default: $RUNTIME_DIRECTORY, else $XDG_RUNTIME_DIR/hive.",
+    )
+    gpu_error_policy: Literal["exit", "quarantine"] = Field(
+        "exit", description="What a device fault does at run time."
+    )
+    drain_s: SecondsOrNone = Field(
+        30, description="Seconds that running requests get when hive or a worker stops."
+    )
+    driver_wait_s: SecondsOrNone = Field(
+        0, description="Seconds to wait at boot for the GPU's device nodes."
+    )
+    max_body_mib: float = Field(32, gt=0, le=4096, description="Largest request body, MiB.")
+    max_buffered_mib: float = Field(
+        512,
+        gt=0,
+        le=65536,
+        description="All buffered request bodies together, MiB; beyond it requests are refused.",
+    )
+    body_s: Seconds = Field(10, description="Seconds to receive a request body.")
+    log_level: Literal["debug", "info", "warning", "error"] = Field(
+        "info", description="Least level that is logged."
+    )
+
+    @field_validator("state_dir", "runtime_dir")
+    @classmethod
+    def _absolute(cls, value: Path) -> Path:
+        return value.expanduser().absolute()
+
+    @property
+    def is_loopback(self) -> bool:
+        if self.host == "localhost":
+            return True
+        try:
+            return ip_address(self.host).is_loopback
+        except ValueError:
+            return False
+
+
+class Timeouts(Section):
+    """Every limit lies inside its parent's (R046-R049, C15)."""
+
+    request_s: Seconds = Field(30, description="Arrival to the first byte of the answer, seconds.")
+    queue_s: SecondsOrNone = Field(5, description="Longest wait for a slot, seconds.")
+    connect_s: Seconds = Field(2, description="To connect to the engine, seconds.")
+    inference_s: Seconds = Field(
+        25, description="Slot given to the answer (streams: to the first token), seconds."
+    )
+    stall_s: Seconds = Field(25, description="Between two tokens of a stream, seconds.")
+    stream_total_s: SecondsOrNone = Field(0, description="A whole stream, seconds; 0 = no limit.")
+    cleanup_s: Seconds = Field(
+        5, description="To see an abort confirmed, and from TERM to KILL, seconds."
+    )
+    load_s: Seconds = Field(300, description="An engine's start to READY, seconds.")
+
+    @model_validator(mode="after")
+    def _cascade(self) -> Self:
+        if self.queue_s > self.request_s:
+            raise PydanticCustomError(
+                "cascade",
+                "queue_s ({queue}) must not exceed request_s ({request})",
+                {"queue": self.queue_s, "request": self.request_s},
+            )
+        if self.inference_s + self.cleanup_s > self.request_s:
+            raise PydanticCustomError(
+                "cascade",
+                "inference_s + cleanup_s ({inner}) must not exceed request_s ({request})",
+                {"inner": self.inference_s + self.cleanup_s, "request": self.request_s},
+            )
+        return self
+
+
+class Restarts(Section):
+    """Starts that nobody asked for; beyond them a worker is FAILED (C5)."""
+
+    starts: int = Field(
+        5, ge=0, le=1000, description="Restarts allowed within window_s; 0 = never restart."
+    )
+    window_s: Seconds = Field(300, description="The window in which restarts are counted, seconds.")
+    backoff_s: SecondsOrNone = Field(
+        1, description="Pause before the first restart in the window, seconds; doubles each time."
+    )
+    backoff_max_s: Seconds = Field(60, description="Longest pause before a restart, seconds.")
+
+
+class Breaker(Section):
+    failures: int = Field(
+        5, ge=1, le=1000, description="Consecutive failures that open a worker's breaker."
+    )
+    cooldown_s: Seconds = Field(60, description="Seconds until one probe is let through.")
+
+
+class ApiKey(Section):
+    """One caller's key; made by `hive key new NAME`, kept only as its hash."""
+
+    name: str = Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,63}$", description="Who uses it.")
+    sha256: str = Field(pattern=r"^[0-9a-f]{64}$", description="SHA-256 of the key, hexadecimal.")
+    scopes: tuple[Literal["inference", "admin", "metrics"], ...] = Field(
+        ("inference",), min_length=1, description="What it may do."
+    )
+    priority: Literal["interactive", "normal", "batch"] = Field(
+        "normal", description="Highest priority it may ask for."
+    )
+    max_concurrent: int = Field(
+        8, ge=0, le=100_000, description="Requests at once; beyond it 429. 0 = no limit."
+    )
+    requests_per_minute: int = Field(0, ge=0, description="Rate limit; 0 = none.")
+
+
+class Auth(Section):
+    keys: tuple[ApiKey, ...] = ()
+
+    @field_validator("keys")
+    @classmethod
+    def _names_differ(cls, keys: tuple[ApiKey, ...]) -> tuple[ApiKey, ...]:
+        names = [key.name for key in keys]
+        twice = sorted({n for n in names if names.count(n) > 1})
+        if twice:
+            raise PydanticCustomError(
+                "keys", "key names must differ; given twice: {names}", {"names": ", ".join(twice)}
+            )
+        return keys
+
+
+class Windows(Section):
+    kv_tier_gib: float = Field(
+        10, gt=0, le=1_000_000, description="LMCache's file tier, GiB, bounded by hive."
+    )
+    kv_chunk_tokens: int = Field(256, ge=16, le=65_536, description="Tokens in a KV chunk.")
+
+
+class TimeoutOverrides(Section):
+    """A model's own limits; what is not set comes from [timeouts]."""
+
+    request_s: Seconds | None = None
+    queue_s: SecondsOrNone | None = None
+    connect_s: Seconds | None = None
+    inference_s: Seconds | None = None
+    stall_s: Seconds | None = None
+    stream_total_s: SecondsOrNone | None = None
+    cleanup_s: Seconds | None = None
+    load_s: Seconds | None = None
+
+
+class Model(Section):
+    """One model, under the name that clients use."""
+
+    engine: Literal["vllm", "command"] = Field(
+        description="vllm, or command for any OpenAI-compatible server."
+    )
+    path: str | None = Field(
+        None, min_length=1, description="Directory of the model, or a hub id (engine vllm)."
+    )
+    device: Devices | None = Field(
+        None,
+        description='"cuda:N", "GPU-<uuid>", a list (tensor parallel) or "cpu". Never guessed.',
+    )
+    replicas: tuple[Devices, ...] = Field(
+        (), description="Devices of each worker, instead of `device`."
+    )
+    max_concurrent: int = Field(64, ge=1, le=100_000, description="Slots of one worker.")
+    queue_depth: int = Field(
+        32, ge=0, le=100_000, description="Requests that may wait; 0 = refuse at once."
+    )
+    kv_cache_gib: float = Field(
+        0,
+        ge=0,
+        le=100_000,
+        description="KV cache, GiB. CPU: 0 means 1; CUDA: 0 means vLLM's own claim.",
+    )
+    required_vram_gib: float = Field(
+        0, ge=0, le=100_000, description="VRAM needed, GiB; 0 = worked out."
+    )
+    alternatives: tuple[str, ...] = Field(
+        (), description="Models named in VRAM errors' hints; never switched to."
+    )
+    windows: bool = Field(False, description="LMCache beside it, for context windows.")
+    args: tuple[str, ...] = Field((), description="Arguments passed on to the engine.")
+    env: dict[str, str] = Field(
+        default_factory=dict, description="Environment added for the engine."
+    )
+    python: Path | None = Field(
+        None,
+        description="Python of the engine's environment; default: the one `hive engine install` made.",
+    )
+    command: tuple[str, ...] = Field(
+        (),
+        description="Program and arguments (engine command); {socket}, {model} and {device} are filled in.",
+    )
+    health_path: str = Field(
+        "/health", pattern=r"^/", description="Path that answers 200 when the engine is up."
+    )
+    probe: Literal["completion", "chat", "embedding", "health"] | None = Field(
+        None, description="What must succeed before READY; vllm chooses it from the model's task."
+    )
+    running: Literal["vllm", "none"] | None = Field(
+        None, description="Whether the engine publishes vLLM's gauges."
+    )
+    timeouts: TimeoutOverrides = Field(default_factory=TimeoutOverrides)
+
+    @model_validator(mode="after")
+    def _agrees(self) -> Self:
+        if not self.device and not self.replicas:
+            raise PydanticCustomError(
+                "device_missing",
+                'a model must name its device: device = "cuda:N", "GPU-<uuid>", a list, or "cpu"; '
+                "hive never chooses one",
+            )
+        if self.device and self.replicas:
+            raise PydanticCustomError("device_twice", "give either device or replicas, not both")
+        if self.engine == "vllm" and not self.path:
+            raise PydanticCustomError(
+                "path_missing", "engine vllm needs path: a model directory or a hub id"
+            )
+        if self.engine == "vllm" and self.command:
+            raise PydanticCustomError("command_unused", 'command belongs to engine = "command"')
+        if self.engine == "command" and not self.command:
+            raise PydanticCustomError(
+                "command_missing", 'engine command needs command = ["prog", "--uds", "{{socket}}"]'
+            )
+        if self.engine == "command" and not any("{socket}" in part for part in self.command):
+            raise PydanticCustomError(
+                "socket_missing",
+                "command must pass {{socket}} on: the unix socket that hive talks to",
+            )
+        if "CUDA_VISIBLE_DEVICES" in self.env:
+            raise PydanticCustomError(
+                "cuda_visible", "env must not set CUDA_VISIBLE_DEVICES: hive sets it from device"
+            )
+        return self
+
+    @property
+    def workers(self) -> tuple[tuple[str, ...], ...]:
+        """The devices of each worker of this model."""
+        return self.replicas or ((self.device,) if self.device else ())
+
+
+class Settings(BaseSettings):
+    """All of hive.toml, frozen."""
+
+    model_config = SettingsConfigDict(
+        env_prefix="HIVE_", env_nested_delimiter="__", extra="forbid", frozen=True
+    )
+
+    server: Server = Field(default_factory=Server)
+    timeouts: Timeouts = Field(default_factory=Timeouts)
+    restarts: Restarts = Field(default_factory=Restarts)
+    breaker: Breaker = Field(default_factory=Breaker)
+    auth: Auth = Field(default_factory=Auth)
+    windows: Windows = Field(default_factory=Windows)
+    models: dict[str, Model] = Field(default_factory=dict)
+
+    @model_validator(mode="after")
+    def _agrees(self) -> Self:
+        for name, model in self.models.items():
+            if not NAME.match(name):
+                raise PydanticCustomError(
+                    "model_name",
+                    "models.{name}: a model's name is 1 to 64 of letters, digits, '.', '_' and '-', "
+                    "beginning and ending with a letter or digit",
+                    {"name": repr(name)},
+                )
+            merged = self.timeouts_of(model)
+            if (
+                merged.queue_s > merged.request_s
+                or merged.inference_s + merged.cleanup_s > merged.request_s
+            ):
+                raise PydanticCustomError(
+                    "cascade",
+                    "models.{name}.timeouts: with [timeouts] they must keep queue_s <= request_s and "
+                    "inference_s + cleanup_s <= request_s (here {queue} <= {request} and {inner} <= {request})",
+                    {
+                        "name": name,
+                        "queue": merged.queue_s,
+                        "request": merged.request_s,
+                        "inner": merged.inference_s + merged.cleanup_s,
+                    },
+                )
+            for other in model.alternatives:
+                if other not in self.models:
+                    raise PydanticCustomError(
+                        "alternative",
+                        "models.{name}.alternatives names {other}, which is not configured",
+                        {"name": name, "other": repr(other)},
+                    )
+        self._check_binding()
+        self._check_sharing()
+        self._check_socket_path()
+        return self
+
+    def _check_binding(self) -> None:
+        if not self.server.is_loopback and not self.auth.keys:
+            raise PydanticCustomError(
+                "binding",
+                "server.host = {host} is not loopback, so API keys are needed: make one with "
+                "'hive key new NAME', or bind 127.0.0.1",
+                {"host": repr(self.server.host)},
+            )
+
+    def _check_sharing(self) -> None:
+        users: dict[str, list[str]] = {}
+        for name, model in self.models.items():
+            for devices in model.workers:
+                for device in devices:
+                    if device != "cpu":
+                        users.setdefault(device, []).append(name)
+        for device, names in users.items():
+            silent = [
+                n
+                for n in dict.fromkeys(names)
+                if not (self.models[n].required_vram_gib or self.models[n].kv_cache_gib)
+            ]
+            if len(names) > 1 and silent:
+                raise PydanticCustomError(
+                    "sharing",
+                    "{names} share {device}: each must state its VRAM (kv_cache_gib or "
+                    "required_vram_gib); missing for {silent}",
+                    {"names": ", ".join(names), "device": device, "silent": ", ".join(silent)},
+                )
+
+    def _check_socket_path(self) -> None:
+        path = os.fsencode(self.server.runtime_dir / "w" / "999" / "s")
+        if len(path) > SOCKET_PATH_BYTES:
+            raise PydanticCustomError(
+                "socket_path",
+                "server.runtime_dir is too long: a worker's socket would have {got} bytes, a unix "
+                "socket path has at most {most}; choose a shorter directory",
+                {"got": len(path), "most": SOCKET_PATH_BYTES},
+            )
+
+    def timeouts_of(self, model: Model) -> Timeouts:
+        """[timeouts] with the model's own values put in (not validated again)."""
+        return self.timeouts.model_copy(update=model.timeouts.model_dump(exclude_none=True))
+
+
+# Sections whose scalar keys the environment may set.
+FIXED = ("server", "timeouts", "restarts", "breaker", "windows")
+
+
+class _ScalarEnvironment(EnvSettingsSource):
+    """HIVE_SECTION__KEY for the fixed sections only: keys and models belong in the file."""
+
+    def __call__(self) -> dict[str, Any]:
+        return {k: v for k, v in super().__call__().items() if k in FIXED}
+
+
+def load(
+    file: Path | None = None, flags: Mapping[str, Mapping[str, Any]] | None = None
+) -> Settings:
+    """Read the settings; `flags` maps section to key to value and wins over everything.
+
+    Without `file` the first of `DEFAULT_FILES` that exists is read.
+    Raises ConfigInvalid with every problem found, before anything has been done.
+    """
+    path = file or next((p for p in DEFAULT_FILES if p.is_file()), None)
+    if path is None:
+        names = " or ".join(str(p) for p in DEFAULT_FILES)
+        raise ConfigInvalid(
+            f"No configuration file: {names} does not exist.",
+            action="Write one (README, 'Configure'), or name it with --config FILE.",
+        )
+    document = _read(path)
+    unquoted = dict(_unquoted_names(document))
+    problems = [*_unknown_variables(), *(f"{path}: {problem}" for problem in unquoted.values())]
+    if os.environ.get("CUDA_VISIBLE_DEVICES") is not None:
+        problems.append(
+            "CUDA_VISIBLE_DEVICES is set in hive's environment: unset it and name devices in "
+            "each model's 'device'; hive sets it for each engine by UUID"
+        )
+    settings = None
+    try:
+        settings = _build(document, flags or {})
+    except ValidationError as exc:
+        problems += [
+            f"{path}: {_problem(detail)}"
+            for detail in exc.errors(include_url=False)
+            if detail["loc"][:2] not in unquoted
+        ]
+    if settings and not settings.models:
+        problems.append(
+            f"{path}: models: no model is configured; add [models.NAME] with engine, path and device"
+        )
+    if problems or settings is None:
+        more = f" (and {len(problems) - 1} more)" if problems[1:] else ""
+        raise ConfigInvalid(f"{problems[0]}{more}", problems=problems)
+    return settings
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        return tomllib.loads(path.read_bytes().decode())
+    except OSError as exc:
+        raise ConfigInvalid(
+            f"{path}: cannot be read: {exc.strerror}.",
+            action="Name an existing, readable file with --config FILE.",
+        ) from exc
+    except UnicodeDecodeError as exc:
+        raise ConfigInvalid(
+            f"{path}: is not UTF-8 (byte {exc.start}).", action="Save the file as UTF-8."
+        ) from exc
+    except tomllib.TOMLDecodeError as exc:
+        raise ConfigInvalid(
+            f"{path}: is not TOML: {exc}.", action="Correct the line that is named."
+        ) from exc
+
+
+def _build(document: Mapping[str, Any], flags: Mapping[str, Mapping[str, Any]]) -> Settings:
+    """Flags above the environment above the file, key by key."""
+    given = {s: {k: v for k, v in keys.items() if v is not None} for s, keys in flags.items()}
+
+    class Sourced(Settings):
+        @classmethod
+        def settings_customise_sources(
+            cls, settings_cls: type[BaseSettings], *_: Any, **__: Any
+        ) -> tuple[PydanticBaseSettingsSource, ...]:
+            return (
+                InitSettingsSource(settings_cls, given),
+                _ScalarEnvironment(settings_cls),
+                InitSettingsSource(settings_cls, dict(document)),
+            )
+
+    return Sourced()
+
+
+def _unknown_variables() -> Iterator[str]:
+    """HIVE_A__B where A is no section: pydantic would pass over it in silence."""
+    for name in sorted(os.environ):
+        section, delimiter, _ = name.removeprefix("HIVE_").partition("__")
+        if name.startswith("HIVE_") and delimiter and section.lower() not in FIXED:
+            near = _nearest(section.lower(), FIXED)
+            hint = f"; did you mean HIVE_{near.upper()}__…" if near else ""
+            yield f"{name}: no section of that name can be set by the environment{hint} (known: {', '.join(FIXED)})"
+
+
+def _unquoted_names(document: Mapping[str, Any]) -> Iterator[tuple[tuple[str, str], str]]:
+    """[models.llama-3.1-8b] is the table 1-8b inside llama-3: say so instead of 'unknown key'."""
+    models = document.get("models")
+    for name, table in models.items() if isinstance(models, dict) else ():
+        for key, value in (
+            table.items() if isinstance(table, dict) and "engine" not in table else ()
+        ):
+            if isinstance(value, dict) and key not in Model.model_fields:
+                wanted = f'[models."{name}.{key}"]'
+                yield ("models", name), f"models.{name}.{key}: quote a name with a dot: {wanted}"
+
+
+def _nearest(word: str, known: Any) -> str | None:
+    return next(iter(difflib.get_close_matches(word, list(known), n=1, cutoff=0.6)), None)
+
+
+def _fields_at(location: tuple[int | str, ...]) -> list[str]:
+    """The keys known in the section that `location` lies in."""
+    match location:
+        case ("models", _, "timeouts", *_):
+            owner: type[BaseModel] = TimeoutOverrides
+        case ("models", _, _, *_):
+            owner = Model
+        case ("auth", "keys", _, *_):
+            owner = ApiKey
+        case (str(section), _, *_) if section in Settings.model_fields:
+            kind = Settings.model_fields[section].annotation
+            owner = kind if isinstance(kind, type) and issubclass(kind, BaseModel) else Settings
+        case _:
+            owner = Settings
+    return list(owner.model_fields)
+
+
+def _problem(detail: ErrorDetails) -> str:
+    """One line: key, what was given, what would be right, the nearest known key."""
+    location = detail["loc"]
+    key = ".".join(str(part) for part in location if not str(part).startswith("function-"))
+    if detail["type"] == "extra_forbidden":
+        known = _fields_at(location)
+        near = _nearest(str(location[-1]), known)
+        hint = f"did you mean '{near}'?" if near else f"known here: {', '.join(known)}"
+        return f"{key}: unknown key; {hint}"
+    what = detail["msg"]
+    what = what[0].lower() + what[1:]
+    given = detail.get("input")
+    shown = (
+        isinstance(given, str | int | float | bool)
+        and "env" not in location
+        and "sha256" not in location
+    )
+    got = f" (got {_short(given)})" if shown else ""
+    return f"{key}: {what}{got}" if key else f"{what}"
+
+
+def _short(value: object, most: int = 80) -> str:
+    text = repr(value)
+    return text if len(text) <= most else text[: most - 1] + "…"
