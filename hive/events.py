@@ -5,9 +5,13 @@ Whoever causes a fact announces it once; metrics, logs and the event stream only
 
 import logging
 from collections.abc import Callable
+from contextvars import ContextVar
 from dataclasses import dataclass
 
 log = logging.getLogger(__name__)
+
+# The request that the running task works for; every log line made meanwhile carries it.
+request_id_var: ContextVar[str | None] = ContextVar("request_id", default=None)
 
 
 @dataclass(frozen=True, slots=True)

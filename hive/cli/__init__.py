@@ -5,7 +5,6 @@ Commands are imported when they are asked for, so that `hive --help` stays quick
 
 import sys
 from importlib import import_module
-from typing import Any
 
 import click
 
@@ -18,8 +17,16 @@ COMMANDS = {
     "check": ("hive.cli.serve", "check", "Try the configuration without serving."),
     "status": ("hive.cli.status", "status", "Show the daemon, its models and workers."),
     "health": ("hive.cli.status", "health", "Say whether the daemon and its models can serve."),
-    "test-connection": ("hive.cli.status", "test_connection", "Ask each engine whether it answers."),
-    "worker": ("hive.cli.worker", "worker", "List, show, start, stop and restart workers; read logs."),
+    "test-connection": (
+        "hive.cli.status",
+        "test_connection",
+        "Ask each engine whether it answers.",
+    ),
+    "worker": (
+        "hive.cli.worker",
+        "worker",
+        "List, show, start, stop and restart workers; read logs.",
+    ),
     "key": ("hive.cli.key", "key", "Make, list and revoke API keys."),
     "explain": ("hive.cli.explain", "explain", "Say what an error code means and what to do."),
     "engine": ("hive.cli.engine", "engine", "Install the managed engine environment."),
@@ -41,17 +48,6 @@ class LazyGroup(click.Group):
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         with formatter.section("Commands"):
             formatter.write_dl([(name, entry[2]) for name, entry in COMMANDS.items()])
-
-    def resolve_command(self, ctx: click.Context, args: list[str]) -> Any:
-        try:
-            return super().resolve_command(ctx, args)
-        except click.UsageError as exc:
-            from difflib import get_close_matches
-
-            near = get_close_matches(args[0], COMMANDS, n=1)
-            if near:
-                exc.message += f" Did you mean '{near[0]}'?"
-            raise
 
 
 @click.command(cls=LazyGroup, context_settings={"help_option_names": ["-h", "--help"]})

@@ -1,0 +1,156 @@
+"""The CLI's way to the daemon: HTTP, with its errors turned back into hive's."""
+
+import asyncio
+import json
+import os
+import tomllib
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import click
+
+from hive.errors import DaemonUnreachable, HiveError, OperationTimeout, by_code
+from hive.settings import DEFAULT_FILES
+
+TIMEOUT_S = 30.0
+
+
+def daemon_options(command: Any) -> Any:
+    """--url, --api-key and --timeout of every command that talks to the daemon."""
+    for option in (
+        click.option(
+            "--timeout",
+            "timeout_s",
+            type=float,
+            default=TIMEOUT_S,
+            show_default=True,
+            help="Seconds to wait for the daemon.",
+        ),
+        click.option(
+            "--api-key", envvar="HIVE_API_KEY", help="Key to authenticate with (or HIVE_API_KEY)."
+        ),
+        click.option(
+            "--url",
+            envvar="HIVE_URL",
+            help="The daemon's address (or HIVE_URL); default: from the configuration file.",
+        ),
+    ):
+        command = option(command)
+    return command
+
+
+def address(url: str | None) -> str:
+    """The daemon's URL: as given, else from the configuration, else the default port."""
+    if url:
+        return url.rstrip("/")
+    named = os.environ.get("HIVE_CONFIG")
+    file = Path(named) if named else next((p for p in DEFAULT_FILES if p.is_file()), None)
+    server: dict[str, Any] = {}
+    if file is not None:
+        try:
+            server = tomllib.loads(file.read_text()).get("server", {})
+        except (OSError, ValueError):
+            server = {}  # `hive check` tells what is wrong with it; here only the address matters
+    host = os.environ.get("HIVE_SERVER__HOST", server.get("host", "127.0.0.1"))
+    port = os.environ.get("HIVE_SERVER__PORT", server.get("port", 7411))
+    host = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(host, host)  # noqa: S104 (not bound here)
+    return f"http://{host}:{port}"
+
+
+def call(
+    method: str, path: str, *, url: str | None, api_key: str | None, timeout_s: float, **kwargs: Any
+) -> Any:
+    """One request; the decoded JSON. Raises HiveError as the daemon told it, or DaemonUnreachable."""
+
+    async def ask() -> Any:
+        async with opened(
+            method, path, url=url, api_key=api_key, timeout_s=timeout_s, **kwargs
+        ) as answer:
+            return await answer.json()
+
+    return asyncio.run(ask())
+
+
+def follow(
+    path: str,
+    show: Callable[[str], None],
+    *,
+    url: str | None,
+    api_key: str | None,
+    timeout_s: float,
+    params: dict[str, str],
+) -> None:
+    """Show a text answer as it arrives, until it ends."""
+
+    async def read() -> None:
+        async with opened(
+            "GET",
+            path,
+            url=url,
+            api_key=api_key,
+            timeout_s=timeout_s,
+            params=params,
+            is_endless=True,
+        ) as answer:
+            async for piece in answer.content.iter_any():
+                show(piece.decode(errors="replace"))
+
+    asyncio.run(read())
+
+
+@asynccontextmanager
+async def opened(
+    method: str,
+    path: str,
+    *,
+    url: str | None,
+    api_key: str | None,
+    timeout_s: float,
+    is_endless: bool = False,
+    accept: tuple[int, ...] = (),
+    **kwargs: Any,
+) -> AsyncIterator[Any]:
+    import aiohttp
+
+    base = address(url)
+    limit = aiohttp.ClientTimeout(total=None if is_endless else timeout_s, sock_connect=timeout_s)
+    headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
+    try:
+        async with (
+            aiohttp.ClientSession(timeout=limit, headers=headers) as session,
+            session.request(method, base + path, **kwargs) as answer,
+        ):
+            if answer.status >= 400 and answer.status not in accept:  # noqa: PLR2004
+                raise _told(await answer.read(), answer.status)
+            yield answer
+    except TimeoutError as exc:  # before ClientError: aiohttp's timeouts are both
+        raise OperationTimeout(
+            f"The daemon did not answer within {timeout_s:g} s.",
+            action="Look at the daemon's log, or allow more time with --timeout.",
+        ) from exc
+    except (aiohttp.ClientConnectionError, aiohttp.InvalidURL) as exc:
+        raise DaemonUnreachable(f"The hive daemon cannot be reached at {base}.") from exc
+
+
+class _Told(HiveError):
+    """An error of a code that this version of hive does not know."""
+
+
+def _told(text: bytes, status: int) -> HiveError:
+    """The daemon's error, as the class that it was there."""
+    try:
+        told = json.loads(text)["error"]
+        details = told.get("details", {})
+        code, message = told["code"], told["message"]
+    except (ValueError, KeyError, TypeError):
+        return _Told(
+            f"The daemon answered with status {status} and something that is not hive's.",
+            action="Check that --url names a hive daemon.",
+        )
+    kind = by_code(code)
+    cls = _Told if kind is None or code == "HTTP_ERROR" else kind
+    error = cls(message, action=details.get("suggested_action"))
+    error.details = details
+    return error

@@ -1,0 +1,225 @@
+"""What operators ask: liveness, readiness, metrics, state, workers and their logs, events."""
+
+import asyncio
+import os
+import time
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+from typing import Any
+
+from aiohttp import web
+
+from hive import __version__
+from hive.errors import NotFound, ValidationFailed
+from hive.gateway.auth import Caller
+from hive.gateway.stream import EventStream
+from hive.gateway.traffic import Passage, Traffic
+from hive.policy.lifecycle import State
+from hive.policy.redaction import for_clients, without_secrets
+from hive.workers.diagnosis import log_files, read_tail
+from hive.workers.fleet import Fleet
+from hive.workers.worker import Worker
+
+API_VERSION = "v1"
+KEEPALIVE_S = 15.0  # a comment line, so that proxies keep an idle stream open
+FOLLOW_S = 0.25  # how often a followed log is looked at
+LOG_LINES = 200
+LOG_LINES_MOST = 100_000
+
+MetricsText = Callable[[], tuple[bytes, str]]
+
+
+class Admin:
+    """Handlers of /livez, /readyz, /metrics and /hive/v1."""
+
+    def __init__(
+        self, fleet: Fleet, traffic: Traffic, events: EventStream, metrics: MetricsText
+    ) -> None:
+        self._fleet, self._traffic = fleet, traffic
+        self._events, self._metrics = events, metrics
+        self._began = time.time()
+        self.closing = asyncio.Event()  # ends streams when hive stops
+
+    def routes(self) -> list[web.RouteDef]:
+        return [
+            web.get("/livez", self.livez),
+            web.get("/readyz", self.readyz),
+            web.get("/metrics", self.metrics),
+            web.get("/hive/v1/status", self.status),
+            web.get("/hive/v1/requests", self.requests),
+            web.get("/hive/v1/events", self.events, allow_head=False),
+            web.get("/hive/v1/workers", self.workers),
+            web.get("/hive/v1/workers/{id}", self.worker),
+            web.get("/hive/v1/workers/{id}/logs", self.logs, allow_head=False),
+            web.post("/hive/v1/workers/{id}/{action:start|stop|restart}", self.act),
+        ]
+
+    async def livez(self, _request: web.Request) -> web.Response:
+        """The event loop runs; nothing else is claimed."""
+        return web.json_response(
+            {"status": "alive", "version": __version__, "api_version": API_VERSION}
+        )
+
+    async def readyz(self, request: web.Request) -> web.Response:
+        """200 while at least one model can serve; with ?model=NAME, while that one can."""
+        models = self._models()
+        name = request.query.get("model")
+        if name is not None:
+            self._fleet.of_model(name)
+            models = {name: models[name]}
+        is_ready = not self._fleet.is_draining and any(m["ready"] for m in models.values())
+        status = "ready" if is_ready else "draining" if self._fleet.is_draining else "unavailable"
+        return web.json_response(
+            {"status": status, "models": models}, status=200 if is_ready else 503
+        )
+
+    def _models(self) -> dict[str, dict[str, Any]]:
+        models: dict[str, dict[str, Any]] = {}
+        for worker in self._fleet.workers.values():
+            model = models.setdefault(worker.model, {"ready": False, "workers": {}})
+            model["ready"] = model["ready"] or worker.state is State.READY
+            model["workers"][worker.id] = str(worker.state)
+        return models
+
+    async def metrics(self, _request: web.Request) -> web.Response:
+        text, content_type = self._metrics()
+        return web.Response(body=text, headers={"Content-Type": content_type})
+
+    async def status(self, _request: web.Request) -> web.Response:
+        return web.json_response(
+            {
+                "version": __version__,
+                "pid": os.getpid(),
+                "began": self._began,
+                "uptime_seconds": round(time.time() - self._began, 1),
+                "ready": self._fleet.can_serve,
+                "draining": self._fleet.is_draining,
+                "in_flight": sum(w.in_flight for w in self._fleet.workers.values()),
+                "models": self._models(),
+            }
+        )
+
+    async def requests(self, request: web.Request) -> web.Response:
+        """What is in flight: everything for an admin, a caller's own otherwise."""
+        caller: Caller = request["caller"]
+        views = self._traffic.views(None if caller.may("admin") else caller.name)
+        passage: Passage = request["passage"]
+        others = [view for view in views if view["request_id"] != passage.request_id]
+        return web.json_response({"requests": others})
+
+    async def events(self, request: web.Request) -> web.StreamResponse:
+        """Server-sent events; resumes after Last-Event-ID."""
+        response = web.StreamResponse(
+            headers={"Content-Type": "text/event-stream", "Cache-Control": "no-store"}
+        )
+        with self._events.reader(request.headers.get("Last-Event-ID")) as queue:
+            await response.prepare(request)
+            await response.write(b": hive events\n\n")
+            while True:
+                try:
+                    message = await asyncio.wait_for(queue.get(), KEEPALIVE_S)
+                except TimeoutError:
+                    message = b": still here\n\n"
+                if message is None:
+                    break
+                await response.write(message)
+        await response.write_eof()
+        return response
+
+    async def workers(self, _request: web.Request) -> web.Response:
+        return web.json_response({"workers": [_view(w) for w in self._fleet.workers.values()]})
+
+    async def worker(self, request: web.Request) -> web.Response:
+        return web.json_response(_view(self._find(request)))
+
+    async def act(self, request: web.Request) -> web.Response:
+        """202 once the worker has left its old state."""
+        worker = self._find(request)
+        actions: dict[str, Callable[[], Awaitable[None]]] = {
+            "start": worker.start,
+            "stop": worker.stop,
+            "restart": worker.restart,
+        }
+        await actions[request.match_info["action"]]()
+        return web.json_response(_view(worker), status=202)
+
+    def _find(self, request: web.Request) -> Worker:
+        return self._fleet.worker(request.match_info["id"])
+
+    # ── logs ────────────────────────────────────────────────────────────────────────────────────
+
+    async def logs(self, request: web.Request) -> web.StreamResponse:
+        """The end of a worker's log (?lines=N, 200), and what follows (?follow=1)."""
+        worker = self._find(request)
+        lines = _whole_number(request.query.get("lines", str(LOG_LINES)), "lines", LOG_LINES_MOST)
+        path = worker.plan.log
+        if not path.exists():
+            raise NotFound("The worker has written no log yet: it was never started.")
+        response = web.StreamResponse(headers={"Content-Type": "text/plain; charset=utf-8"})
+        # Open first, then read up to where it stands: nothing is lost or told twice between.
+        with path.open("rb") as file:
+            text, position = await asyncio.to_thread(_last_lines, path, file.fileno(), lines)
+            await response.prepare(request)
+            await response.write(_shown(text))
+            file.seek(position)
+            if request.query.get("follow") in ("1", "true"):
+                await self._follow(path, file.fileno(), response)
+        await response.write_eof()
+        return response
+
+    async def _follow(self, path: Path, fd: int, response: web.StreamResponse) -> None:
+        fd = os.dup(fd)
+        held = b""
+        try:
+            while not self.closing.is_set():
+                text = os.read(fd, 65536)
+                if text:
+                    *whole, held = (held + text).split(b"\n")
+                    if whole:
+                        await response.write(_shown(b"\n".join(whole) + b"\n"))
+                    continue
+                if _was_rotated(path, fd):
+                    os.close(fd)
+                    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+                    continue
+                try:
+                    await asyncio.wait_for(self.closing.wait(), FOLLOW_S)
+                except TimeoutError:
+                    continue
+        finally:
+            os.close(fd)
+
+
+def _view(worker: Worker) -> dict[str, Any]:
+    """A worker for operators; its reason may quote the engine, so it is redacted like an answer."""
+    view = worker.view()
+    return {**view, "reason": for_clients(view["reason"])}
+
+
+def _last_lines(path: Path, fd: int, lines: int) -> tuple[bytes, int]:
+    """The last lines of all files of a log, and the position that they end at in `fd`."""
+    size = os.fstat(fd).st_size
+    text = os.pread(fd, size, 0) if lines else b""
+    for older in reversed([p for p in log_files(path) if p != path]):
+        if text.count(b"\n") >= lines:
+            break
+        text = read_tail(older, 2**30) + text
+    kept = text.splitlines(keepends=True)[-lines:] if lines else []
+    return b"".join(kept), size
+
+
+def _shown(text: bytes) -> bytes:
+    return without_secrets(text.decode(errors="replace")).encode()
+
+
+def _was_rotated(path: Path, fd: int) -> bool:
+    try:
+        return os.stat(path).st_ino != os.fstat(fd).st_ino
+    except FileNotFoundError:
+        return False
+
+
+def _whole_number(text: str, name: str, most: int) -> int:
+    if not text.isascii() or not text.isdigit() or int(text) > most:
+        raise ValidationFailed(f"'{name}' must be a whole number from 0 to {most}.", param=name)
+    return int(text)

@@ -1,0 +1,102 @@
+"""The web application: every request gets an id, a caller, and an answer or a coded error."""
+
+import asyncio
+import logging
+from collections.abc import Awaitable, Callable
+
+from aiohttp import web
+
+from hive.errors import HiveError, HttpError, InternalError, NotFound, RequestCancelled
+from hive.events import Announcer, request_id_var
+from hive.gateway import problems
+from hive.gateway.admin import Admin, MetricsText
+from hive.gateway.auth import Doorkeeper
+from hive.gateway.inference import Inference
+from hive.gateway.relay import ClientLeft
+from hive.gateway.stream import EventStream
+from hive.gateway.traffic import Passage, Traffic
+from hive.settings import Settings
+from hive.workers.fleet import Fleet
+
+log = logging.getLogger(__name__)
+Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
+
+
+class Gateway:
+    """Builds the application and holds its parts together."""
+
+    def __init__(
+        self, settings: Settings, fleet: Fleet, announcer: Announcer, metrics: MetricsText
+    ) -> None:
+        self._doorkeeper = Doorkeeper(settings.auth.keys)
+        self._traffic = Traffic(announcer)
+        stream = EventStream()
+        announcer.listen(stream.hear)
+        self._admin = Admin(fleet, self._traffic, stream, metrics)
+        inference = Inference(settings, fleet, announcer)
+        self.app = web.Application(middlewares=[self._answer])
+        self.app.add_routes([*self._admin.routes(), *inference.routes()])
+
+    def close_streams(self) -> None:
+        """End event streams and followed logs, which would never end by themselves."""
+        self._admin.closing.set()
+
+    @web.middleware
+    async def _answer(self, request: web.Request, handler: Handler) -> web.StreamResponse:
+        """Outermost: nothing gets past here but an answer, or a client's leaving."""
+        with self._traffic.passage(request) as passage:
+            token = request_id_var.set(passage.request_id)
+            request["passage"] = passage
+            try:
+                response = await self._respond(request, handler, passage)
+            except (asyncio.CancelledError, ClientLeft) as exc:
+                passage.code = RequestCancelled.code
+                passage.status = RequestCancelled.status
+                if isinstance(exc, ClientLeft):
+                    return web.Response(status=RequestCancelled.status)  # nobody reads it
+                raise
+            finally:
+                request_id_var.reset(token)
+            passage.status = response.status
+            return response
+
+    async def _respond(
+        self, request: web.Request, handler: Handler, passage: Passage
+    ) -> web.StreamResponse:
+        try:
+            self._traffic.refuse_duplicate(request, passage)
+            caller = self._doorkeeper.admit(request)
+            request["caller"] = caller
+            passage.key = caller.name
+            response = await handler(request)
+        except HiveError as exc:
+            error = exc
+        except web.HTTPException as exc:
+            error = _from_aiohttp(exc)
+        except (asyncio.CancelledError, ClientLeft):
+            raise
+        except Exception:  # the boundary: an unforeseen error is logged whole and told bare (C19)
+            log.exception("unexpected error in a request")
+            error = InternalError("hive met an unexpected condition while handling the request.")
+        else:
+            if not response.prepared:
+                _sign(response, passage)
+            return response
+        passage.code = error.code
+        return _sign(problems.response(error, passage.request_id), passage)
+
+
+def _sign(response: web.StreamResponse, passage: Passage) -> web.StreamResponse:
+    response.headers["X-Request-Id"] = passage.request_id
+    response.headers["Server"] = "hive"  # not the library and its version
+    return response
+
+
+def _from_aiohttp(exc: web.HTTPException) -> HiveError:
+    """404 and 405 of the router, and whatever else aiohttp itself refuses, in hive's shape."""
+    if isinstance(exc, web.HTTPNotFound):
+        return NotFound("There is nothing at this path.")
+    if isinstance(exc, web.HTTPMethodNotAllowed):
+        allowed = sorted(exc.allowed_methods)
+        return HttpError(f"This path takes {', '.join(allowed)} only.", status=405, allowed=allowed)
+    return HttpError(f"The request was refused: {exc.reason}.", status=exc.status)

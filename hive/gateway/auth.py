@@ -1,0 +1,95 @@
+"""Who asks, and whether they may: keys kept as hashes, compared in constant time, with scopes."""
+
+import hashlib
+import hmac
+import re
+from dataclasses import dataclass
+from typing import Literal
+
+from aiohttp import web
+
+from hive.errors import Forbidden, Unauthorized
+from hive.settings import ApiKey
+
+Scope = Literal["inference", "admin", "metrics", "any", "nobody"]
+
+_PUBLIC = frozenset({"/livez", "/readyz"})
+_ADMIN = re.compile(r"/hive/v1/(workers|devices|drain|leaks|events)\b|/v1/(un)?load_lora_adapter\Z")
+_KEY_LENGTH = 512  # longer than any key: not worth hashing
+
+
+@dataclass(frozen=True, slots=True)
+class Caller:
+    """The key a request came with; `ANYONE` where no key is configured."""
+
+    name: str | None
+    scopes: frozenset[str]
+
+    def may(self, scope: str) -> bool:
+        return scope in self.scopes or (scope == "metrics" and "admin" in self.scopes)
+
+
+ANYONE = Caller(None, frozenset({"inference", "admin", "metrics"}))
+
+
+def needed_scope(path: str) -> str | None:
+    """The scope that a path needs: None for public ones, "any" for any key."""
+    if path in _PUBLIC:
+        return None
+    if path == "/metrics":
+        return "metrics"
+    if _ADMIN.match(path):
+        return "admin"
+    return "any" if path.startswith("/hive/v1/") or path == "/v1/models" else "inference"
+
+
+def fingerprint(presented: str) -> str:
+    """Six hexadecimal digits that tell keys apart in a log without giving them away."""
+    return hashlib.sha256(presented.encode()).hexdigest()[:6]
+
+
+class Doorkeeper:
+    """Checks each request against the configured keys."""
+
+    def __init__(self, keys: tuple[ApiKey, ...]) -> None:
+        self._keys = [
+            (bytes.fromhex(key.sha256), Caller(key.name, frozenset(key.scopes))) for key in keys
+        ]
+
+    def admit(self, request: web.Request) -> Caller:
+        """The caller. Raises Unauthorized without a known key, Forbidden without the scope."""
+        if not self._keys:
+            return ANYONE
+        scope = needed_scope(request.path)
+        if scope is None:
+            return ANYONE
+        caller = self._find(_presented(request))
+        if scope != "any" and not caller.may(scope):
+            raise Forbidden(f"This key does not have the {scope} scope.", required_scope=scope)
+        return caller
+
+    def _find(self, presented: str) -> Caller:
+        digest = hashlib.sha256(presented.encode()).digest()
+        found = None
+        for known, caller in self._keys:  # all of them: the time must not tell which one matched
+            if hmac.compare_digest(known, digest):
+                found = caller
+        if found is None:
+            raise Unauthorized("The API key is not known here.", fingerprint=fingerprint(presented))
+        return found
+
+
+def _presented(request: web.Request) -> str:
+    authorization = request.headers.get("Authorization")
+    if authorization is not None:
+        kind, _, value = authorization.partition(" ")
+        presented = value.strip() if kind.lower() == "bearer" else ""
+        if not presented:
+            raise Unauthorized("The Authorization header is not of the form 'Bearer KEY'.")
+    else:
+        presented = request.headers.get("X-Api-Key", "").strip()
+        if not presented:
+            raise Unauthorized("Authentication required: no API key was sent.")
+    if len(presented) > _KEY_LENGTH:
+        raise Unauthorized("The API key is not known here.")
+    return presented

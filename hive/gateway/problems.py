@@ -1,0 +1,69 @@
+"""An error as clients get it: OpenAI-shaped body, headers, and the event inside a stream (C11)."""
+
+import json
+from typing import Any
+
+from aiohttp import web
+
+from hive.errors import HiveError
+from hive.policy.redaction import for_clients
+
+
+def body(error: HiveError, request_id: str | None = None) -> dict[str, Any]:
+    """contract's body; both OpenAI's and Anthropic's clients make an exception of it."""
+    details: dict[str, Any] = {
+        "suggested_action": for_clients(error.suggested_action),
+        "retryable": error.retryable,
+        "request_id": request_id,
+        "timestamp": error.timestamp.isoformat(),
+        "http_status": error.status,
+        "category": str(error.family),
+        "severity": str(error.severity),
+        "retry_after_seconds": error.retry_after_seconds,
+        "number": error.number,
+        **_redacted(error.public_details),
+    }
+    return {
+        "type": "error",
+        "error": {
+            "message": for_clients(error.message),
+            "type": error.kind,
+            "code": error.code,
+            "param": error.param,
+            "details": {k: v for k, v in details.items() if v is not None},
+        },
+    }
+
+
+def _redacted(value: Any) -> Any:
+    match value:
+        case str():
+            return for_clients(value)
+        case dict():
+            return {k: _redacted(v) for k, v in value.items()}
+        case list() | tuple():
+            return [_redacted(v) for v in value]
+    return value
+
+
+def headers(error: HiveError) -> dict[str, str]:
+    """Retry-After and its exact form, the machine-readable reason, and what to authenticate by."""
+    found = {"x-should-retry": "true" if error.retryable else "false"}
+    if error.retry_after_s is not None:
+        found["Retry-After"] = str(error.retry_after_seconds)
+        found["retry-after-ms"] = str(round(max(0.0, error.retry_after_s) * 1000))
+    if reason := error.details.get("reason"):
+        found["X-Hive-Reason"] = str(reason)
+    if error.status == 401:  # noqa: PLR2004
+        found["WWW-Authenticate"] = "Bearer"
+    return found
+
+
+def response(error: HiveError, request_id: str | None) -> web.Response:
+    return web.json_response(body(error, request_id), status=error.status, headers=headers(error))
+
+
+def event(error: HiveError, request_id: str | None) -> bytes:
+    """The error as the last event of a stream that has begun."""
+    text = json.dumps(body(error, request_id), separators=(",", ":"))
+    return f"event: error\ndata: {text}\n\n".encode()

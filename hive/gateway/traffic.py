@@ -1,0 +1,119 @@
+"""The requests that are in flight, by id, and what became of each."""
+
+import re
+import time
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+from aiohttp import web
+
+from hive.errors import Conflict
+from hive.events import Announcer, RequestEnded
+
+_ID = re.compile(r"[A-Za-z0-9._-]{1,128}\Z")
+ABORTED = 499  # the client left; never sent, only logged
+
+
+@dataclass(slots=True)
+class Passage:
+    """One request on its way through hive. Times are monotonic seconds, sizes bytes."""
+
+    request_id: str
+    method: str
+    path: str
+    key: str | None = None
+    model: str | None = None
+    worker: str | None = None
+    status: int | None = None
+    code: str | None = None
+    bytes_in: int = 0
+    bytes_out: int = 0
+    began: float = field(default_factory=time.monotonic)
+    began_at: float = field(default_factory=time.time)
+    first_byte: float | None = None
+
+    def view(self) -> dict[str, Any]:
+        now = time.monotonic()
+        return {
+            "request_id": self.request_id,
+            "method": self.method,
+            "path": self.path,
+            "model": self.model,
+            "worker": self.worker,
+            "key": self.key,
+            "began": self.began_at,
+            "seconds": round(now - self.began, 3),
+            "phase": "queued"
+            if self.worker is None
+            else "waiting"
+            if self.first_byte is None
+            else "answering",
+            "bytes_out": self.bytes_out,
+        }
+
+
+class Traffic:
+    """Who is in flight. Ids are unique among them."""
+
+    def __init__(self, announcer: Announcer) -> None:
+        self._announcer = announcer
+        self._passages: dict[str, Passage] = {}
+
+    @contextmanager
+    def passage(self, request: web.Request) -> Iterator[Passage]:
+        """Register a request, and announce its end however it ends.
+
+        A usable X-Request-Id is kept, any other replaced. Raises Conflict, inside the passage
+        that gets an id of its own, when the id is already in flight.
+        """
+        asked = request.headers.get("X-Request-Id", "")
+        is_taken = asked in self._passages
+        request_id = asked if _ID.match(asked) and not is_taken else uuid.uuid4().hex
+        passage = Passage(request_id, request.method, request.path)
+        self._passages[request_id] = passage
+        try:
+            yield passage
+        finally:
+            del self._passages[request_id]
+            self._announce_end(passage)
+
+    def refuse_duplicate(self, request: web.Request, passage: Passage) -> None:
+        asked = request.headers.get("X-Request-Id", "")
+        if asked in self._passages and asked != passage.request_id:
+            raise Conflict(
+                "A request with this X-Request-Id is in flight.",
+                action="Use a new X-Request-Id for each request, or leave it out.",
+            )
+
+    def _announce_end(self, passage: Passage) -> None:
+        now = time.monotonic()
+        first = passage.first_byte
+        self._announcer.announce(
+            RequestEnded(
+                request_id=passage.request_id,
+                method=passage.method,
+                path=passage.path,
+                status=passage.status or ABORTED,
+                model=passage.model,
+                worker=passage.worker,
+                code=passage.code,
+                key=passage.key,
+                seconds=now - passage.began,
+                first_byte_s=None if first is None else first - passage.began,
+                bytes_in=passage.bytes_in,
+                bytes_out=passage.bytes_out,
+            )
+        )
+
+    def views(self, key: str | None = None) -> list[dict[str, Any]]:
+        """What is in flight, oldest first; with `key` only that key's."""
+        return [p.view() for p in self._passages.values() if key is None or p.key == key]
+
+    def __len__(self) -> int:
+        return len(self._passages)
+
+    def __repr__(self) -> str:
+        return f"<Traffic {len(self)} in flight>"

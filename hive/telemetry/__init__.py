@@ -1,0 +1,1 @@
+"""Listeners only: what hive announces, as logs and metrics."""

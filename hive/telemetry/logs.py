@@ -1,0 +1,128 @@
+"""Structured logs: every line with its request id, secrets taken out, one line for each fact.
+
+JSON, unless stderr is a terminal. Levels follow C29; an error's level is its class's.
+"""
+
+import logging
+import sys
+from dataclasses import asdict
+from typing import Any
+
+import structlog
+from structlog.types import EventDict, Processor
+
+from hive.errors import by_code
+from hive.events import (
+    DaemonMoved,
+    Event,
+    RequestArrived,
+    RequestEnded,
+    WorkerEnded,
+    WorkerExited,
+    WorkerMoved,
+    WorkerReady,
+    WorkerRestartPlanned,
+    WorkerStarted,
+    request_id_var,
+)
+from hive.policy.redaction import without_secrets
+
+_LEVELS = {
+    "debug": logging.DEBUG,
+    "info": logging.INFO,
+    "warning": logging.WARNING,
+    "error": logging.ERROR,
+}
+# A request without a code is good news; the paths that probes and scrapers ask are noise.
+_QUIET = frozenset({"/livez", "/readyz", "/metrics"})
+
+
+def _with_request_id(_logger: Any, _name: str, line: EventDict) -> EventDict:
+    request_id = request_id_var.get()
+    if request_id is not None:
+        line.setdefault("request_id", request_id)
+    return line
+
+
+def _redacted(_logger: Any, _name: str, line: EventDict) -> EventDict:
+    for key, value in line.items():
+        if isinstance(value, str):
+            line[key] = without_secrets(value)
+    return line
+
+
+def configure(level: str) -> None:
+    """Send everything, the standard library's logging included, to stderr in one form."""
+    shared: list[Processor] = [
+        structlog.stdlib.add_log_level,
+        structlog.stdlib.add_logger_name,
+        structlog.processors.TimeStamper(fmt="iso", utc=True),
+        _with_request_id,
+    ]
+    is_terminal = sys.stderr.isatty()
+    last: list[Processor] = (
+        [_redacted, structlog.dev.ConsoleRenderer()]
+        if is_terminal
+        else [structlog.processors.format_exc_info, _redacted, structlog.processors.JSONRenderer()]
+    )
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(
+        structlog.stdlib.ProcessorFormatter(
+            foreign_pre_chain=shared,
+            processors=[structlog.stdlib.ProcessorFormatter.remove_processors_meta, *last],
+        )
+    )
+    root = logging.getLogger()
+    root.handlers = [handler]
+    root.setLevel(_LEVELS[level])
+    structlog.configure(
+        processors=[*shared, structlog.stdlib.ProcessorFormatter.wrap_for_formatter],
+        logger_factory=structlog.stdlib.LoggerFactory(),
+        wrapper_class=structlog.stdlib.BoundLogger,
+        cache_logger_on_first_use=True,
+    )
+
+
+def write(event: Event) -> None:
+    """The listener: one line a fact."""
+    log: Any = structlog.get_logger("hive")
+    match event:
+        case RequestArrived():
+            return
+        case RequestEnded():
+            if event.path in _QUIET and event.code is None:
+                return
+            log.log(_request_level(event), "request", **_request_facts(event))
+        case WorkerMoved():
+            bad = event.new in ("FAILED", "LOST")
+            log.log(logging.ERROR if bad else logging.INFO, "worker moved", **asdict(event))
+        case WorkerExited():
+            level = logging.INFO if event.asked else logging.ERROR
+            log.log(level, "engine exited", **asdict(event))
+        case WorkerRestartPlanned():
+            log.warning("worker restarts", **asdict(event))
+        case WorkerEnded():
+            level = logging.WARNING if event.how == "kill" else logging.INFO
+            log.log(level, "process tree ended", **asdict(event))
+        case WorkerStarted() | WorkerReady() | DaemonMoved():
+            log.info(_TITLES[type(event)], **asdict(event))
+
+
+_TITLES: dict[type[Event], str] = {
+    WorkerStarted: "engine started",
+    WorkerReady: "worker ready",
+    DaemonMoved: "daemon",
+}
+
+
+def _request_facts(event: RequestEnded) -> dict[str, Any]:
+    facts = {k: v for k, v in asdict(event).items() if v is not None}
+    for key in ("seconds", "first_byte_s"):
+        if key in facts:
+            facts[key] = round(facts[key], 4)
+    return facts
+
+
+def _request_level(event: RequestEnded) -> int:
+    cls = by_code(event.code) if event.code else None
+    return _LEVELS[cls.level] if cls else logging.INFO

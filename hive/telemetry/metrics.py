@@ -1,0 +1,157 @@
+"""Prometheus metrics, counted from what hive announces; all registered at start."""
+
+import asyncio
+from collections.abc import AsyncIterator, Callable, Iterable
+from contextlib import asynccontextmanager
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+from prometheus_client.exposition import CONTENT_TYPE_LATEST, generate_latest
+
+from hive.events import (
+    Event,
+    RequestArrived,
+    RequestEnded,
+    WorkerEnded,
+    WorkerExited,
+    WorkerMoved,
+    WorkerReady,
+    WorkerStarted,
+)
+from hive.policy.lifecycle import State
+
+LAG_S = 0.5  # how often the event loop's lag is measured
+_SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 25, 60, 120, 300, 600)
+_LAG = (0.001, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 5)
+
+
+class Metrics:
+    """The registry and the listener that fills it. Labels are names from the configuration."""
+
+    def __init__(self, workers: Iterable[tuple[str, str]]) -> None:
+        """`workers` are (worker id, model) pairs; their series exist from the start."""
+        self.registry = CollectorRegistry()
+        r = self.registry
+        self.requests = Counter(
+            "hive_requests", "Client requests by HTTP status sent.", ["model", "status"], registry=r
+        )
+        self.failures = Counter(
+            "hive_request_failures",
+            "Client requests that ended with a coded error.",
+            ["model", "code"],
+            registry=r,
+        )
+        self.request_s = Histogram(
+            "hive_request_seconds",
+            "Arrival to the end of the answer, seconds.",
+            ["model"],
+            buckets=_SECONDS,
+            registry=r,
+        )
+        self.first_byte_s = Histogram(
+            "hive_first_byte_seconds",
+            "Arrival to the answer's first byte, seconds.",
+            ["model"],
+            buckets=_SECONDS,
+            registry=r,
+        )
+        self.in_flight = Gauge(
+            "hive_in_flight", "Requests that a worker is answering.", ["model"], registry=r
+        )
+        self.worker_state = Gauge(
+            "hive_worker_state",
+            "1 for the state that a worker is in.",
+            ["worker", "state"],
+            registry=r,
+        )
+        self.worker_starts = Counter(
+            "hive_worker_starts", "Engine processes started.", ["worker"], registry=r
+        )
+        self.worker_exits = Counter(
+            "hive_worker_exits",
+            "Ends of engine processes by cause.",
+            ["worker", "cause"],
+            registry=r,
+        )
+        self.load_s = Histogram(
+            "hive_worker_load_seconds",
+            "Process start to READY, seconds.",
+            ["model"],
+            buckets=_SECONDS,
+            registry=r,
+        )
+        self.stop_s = Histogram(
+            "hive_stop_seconds",
+            "First signal to the last process's end, seconds.",
+            ["worker", "how"],
+            buckets=_SECONDS,
+            registry=r,
+        )
+        self.lag_s = Histogram(
+            "hive_event_loop_lag_seconds",
+            "How late the event loop ran a timer, seconds.",
+            buckets=_LAG,
+            registry=r,
+        )
+        for worker, model in workers:
+            self.in_flight.labels(model)
+            self.worker_starts.labels(worker)
+            self.request_s.labels(model)
+            self.first_byte_s.labels(model)
+            self.load_s.labels(model)
+            self._set_state(worker, State.STOPPED)
+
+    def hear(self, event: Event) -> None:
+        match event:
+            case RequestArrived():
+                self.in_flight.labels(event.model).inc()
+            case RequestEnded() if event.path.startswith("/hive/") or event.method == "GET":
+                pass  # operators' requests are not inference
+            case RequestEnded():
+                self._count(event)
+            case WorkerMoved():
+                self._set_state(event.worker, State(event.new))
+            case WorkerStarted():
+                self.worker_starts.labels(event.worker).inc()
+            case WorkerReady():
+                self.load_s.labels(event.model).observe(event.load_s)
+            case WorkerExited():
+                self.worker_exits.labels(event.worker, event.cause).inc()
+            case WorkerEnded():
+                self.stop_s.labels(event.worker, event.how).observe(event.stop_s)
+
+    def _count(self, event: RequestEnded) -> None:
+        model = event.model or ""  # refused before a model was known
+        self.requests.labels(model, str(event.status)).inc()
+        if event.code:
+            self.failures.labels(model, event.code).inc()
+        if event.worker:
+            self.in_flight.labels(model).dec()
+            self.request_s.labels(model).observe(event.seconds)
+        if event.first_byte_s is not None:
+            self.first_byte_s.labels(model).observe(event.first_byte_s)
+
+    def _set_state(self, worker: str, now: State) -> None:
+        for state in State:
+            self.worker_state.labels(worker, str(state)).set(state is now)
+
+    def text(self) -> tuple[bytes, str]:
+        """The exposition and its content type."""
+        return generate_latest(self.registry), CONTENT_TYPE_LATEST
+
+    @asynccontextmanager
+    async def measuring_lag(self, clock: Callable[[], float] | None = None) -> AsyncIterator[None]:
+        """Observe how late the loop is while the block runs."""
+        now = clock or asyncio.get_running_loop().time
+
+        async def measure() -> None:
+            while True:
+                due = now() + LAG_S
+                await asyncio.sleep(LAG_S)
+                self.lag_s.observe(max(0.0, now() - due))
+
+        async with asyncio.TaskGroup() as tasks:
+            measuring = tasks.create_task(measure(), name="event loop lag")
+            try:
+                yield
+            finally:
+                measuring.cancel()

@@ -1,0 +1,59 @@
+"""hive's own small requests to an engine: health, probes, metrics; each with a deadline."""
+
+import asyncio
+from pathlib import Path
+from typing import Any, Self
+
+import aiohttp
+
+HEALTH_S = 2.0  # an engine that is up answers its health check at once
+PROBE_S = 60.0  # a first token may still compile kernels
+
+
+class ProbeFailed(Exception):  # noqa: N818 (a finding, not an error to show)
+    """The engine is not ready: what it answered, in one line."""
+
+
+class EngineClient:
+    """Requests over the worker's unix socket; close it with `async with` or `close`."""
+
+    def __init__(self, socket: Path, model: str) -> None:
+        self.model = model
+        self._session = aiohttp.ClientSession(
+            base_url="http://engine",
+            connector=aiohttp.UnixConnector(str(socket), force_close=True),
+            timeout=aiohttp.ClientTimeout(total=PROBE_S),
+            skip_auto_headers=("User-Agent",),
+        )
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self.close()
+
+    async def close(self) -> None:
+        await self._session.close()
+
+    async def is_healthy(self, path: str) -> bool:
+        try:
+            timeout = aiohttp.ClientTimeout(total=HEALTH_S)
+            async with self._session.get(path, timeout=timeout) as answer:
+                return answer.status == 200  # noqa: PLR2004
+        except (OSError, TimeoutError, aiohttp.ClientError):
+            return False
+
+    async def ask(self, method: str, path: str, body: Any = None) -> tuple[int, bytes]:
+        """One request with JSON: status and raw answer. Raises ProbeFailed when it breaks off."""
+        try:
+            async with self._session.request(method, path, json=body) as answer:
+                return answer.status, await answer.read()
+        except (OSError, TimeoutError, asyncio.IncompleteReadError, aiohttp.ClientError) as exc:
+            raise ProbeFailed(f"{method} {path}: {type(exc).__name__}") from exc
+
+    async def must(self, method: str, path: str, body: Any = None) -> bytes:
+        """Like `ask`, and anything but 2xx is ProbeFailed."""
+        status, answer = await self.ask(method, path, body)
+        if not 200 <= status < 300:  # noqa: PLR2004
+            raise ProbeFailed(f"{method} {path}: status {status}")
+        return answer

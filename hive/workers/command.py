@@ -1,0 +1,81 @@
+"""The `command` engine: any program that serves the OpenAI API on a unix socket."""
+
+import os
+import shutil
+from collections.abc import Mapping
+
+from hive.errors import WorkerSpawnFailed
+from hive.settings import Model
+from hive.workers.client import EngineClient
+from hive.workers.process import Launch, Place
+
+# What is hive's alone: an engine that inherited NOTIFY_SOCKET could speak for hive to systemd.
+_NOT_INHERITED = ("HIVE_", "NOTIFY_SOCKET", "LISTEN_", "WATCHDOG_", "CUDA_VISIBLE_DEVICES")
+
+
+def engine_environment(
+    model: Model, place: Place, visible: str | None, extra: Mapping[str, str] | None = None
+) -> dict[str, str]:
+    """hive's environment less what is hive's own, plus `extra`, the model's, and hive's marks."""
+    env = {k: v for k, v in os.environ.items() if not k.startswith(_NOT_INHERITED)}
+    env |= extra or {}
+    env |= model.env
+    # SPT_NOENV: vLLM's setproctitle would overwrite the environment, and the mark with it.
+    env |= {"HIVE_MARK": place.mark, "SPT_NOENV": "1", "TMPDIR": str(place.tmp)}
+    # Empty, not absent: an engine on the CPU must not find a GPU by itself.
+    env["CUDA_VISIBLE_DEVICES"] = visible or ""
+    return env
+
+
+async def probe_as(kind: str, client: EngineClient, health_path: str) -> None:
+    """The smallest piece of work of a kind: completion, chat, embedding or health."""
+    model = client.model
+    if kind == "completion":
+        await client.must(
+            "POST", "/v1/completions", {"model": model, "prompt": "a", "max_tokens": 1}
+        )
+    elif kind == "chat":
+        say = [{"role": "user", "content": "a"}]
+        await client.must(
+            "POST", "/v1/chat/completions", {"model": model, "messages": say, "max_tokens": 1}
+        )
+    elif kind == "embedding":
+        await client.must("POST", "/v1/embeddings", {"model": model, "input": "a"})
+    else:
+        await client.must("GET", health_path)
+
+
+class CommandEngine:
+    """Runs the configured command with {socket}, {model} and {device} filled in."""
+
+    def __init__(self, name: str, model: Model) -> None:
+        self.name, self.model = name, model
+        self.health_path = model.health_path
+        self.probe_kind = model.probe or "completion"
+
+    def launch(self, place: Place, devices: tuple[str, ...], visible: str | None) -> Launch:
+        program = shutil.which(self.model.command[0])
+        if program is None:
+            raise WorkerSpawnFailed(
+                f"Model {self.name}: the program {self.model.command[0]!r} is not there or is "
+                "not executable.",
+                action="Correct the model's 'command', or install the program.",
+                expected=self.model.command[0],
+            )
+        filled = {
+            "{socket}": str(place.socket),
+            "{model}": self.name,
+            "{device}": ",".join(devices),
+        }
+        argv = [program]
+        for part in self.model.command[1:]:
+            for word, value in filled.items():
+                part = part.replace(word, value)  # noqa: PLW2901 (three small substitutions)
+            argv.append(part)
+        return Launch([*argv, *self.model.args], engine_environment(self.model, place, visible))
+
+    async def probe(self, client: EngineClient) -> None:
+        await probe_as(self.probe_kind, client, self.health_path)
+
+    def __repr__(self) -> str:
+        return f"<CommandEngine {self.name} {self.model.command[0]}>"

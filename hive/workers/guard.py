@@ -1,0 +1,418 @@
+"""The guard: a small process that is an engine's parent and outlives nothing but its tree.
+
+Run as `python -I -S guard.py FD` with a socket to hive on FD; standard library only. It is a
+child subreaper, so grandchildren that leave the session or lose their parent come back to it; it
+ends the whole tree (TERM, grace, KILL, reap) when hive asks, when the engine's leader ends, and
+when the socket closes because hive died. hive itself uses the same functions for a tree whose
+guard was killed.
+
+Protocol, one JSON object a line. hive sends the launch first, then {"do": "end", "grace_s": 5}.
+The guard reports started {pid, start}, spawn_failed {error}, exited {code | signal}, survived
+{members}, and gone {how, killed, removed}.
+"""
+
+import contextlib
+import ctypes
+import json
+import os
+import selectors
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+PR_SET_PDEATHSIG = 1
+PR_SET_NAME = 15
+PR_SET_CHILD_SUBREAPER = 36
+SHM = "/dev/shm/"  # noqa: S108 (the kernel's place for POSIX shared memory, not a temporary file)
+KILL_S = 5.0  # a process that is still there this long after SIGKILL survived it
+HEADER = "=== hive: engine started "  # the line in the log that begins each start
+TICK_S = 1.0  # how often the tree's members and shared memory are recorded
+ENDING_TICK_S = 0.02  # how often an ending tree is looked at
+
+
+class Process(NamedTuple):
+    """One line of /proc/PID/stat; `start` is in clock ticks since boot and tells reused pids."""
+
+    pid: int
+    ppid: int
+    session: int
+    state: str
+    start: int
+    name: str
+
+
+def prctl(option: int, value: int) -> None:
+    libc = ctypes.CDLL(None, use_errno=True)
+    if libc.prctl(option, ctypes.c_ulong(value), 0, 0, 0) != 0:
+        raise OSError(ctypes.get_errno(), f"prctl({option}) failed")
+
+
+def become_subreaper() -> None:
+    """Orphaned descendants of this process become its children from now on."""
+    prctl(PR_SET_CHILD_SUBREAPER, 1)
+
+
+def look_at(pid: int) -> Process | None:
+    """What /proc says of `pid`, or None when it is gone."""
+    try:
+        text = Path(f"/proc/{pid}/stat").read_text(errors="replace")
+    except OSError:
+        return None
+    # The name is in brackets and may hold brackets and spaces itself.
+    name, _, rest = text.partition("(")[2].rpartition(")")
+    fields = rest.split()
+    return Process(pid, int(fields[1]), int(fields[3]), fields[0], int(fields[19]), name)
+
+
+def every_process() -> Iterator[Process]:
+    for entry in os.listdir("/proc"):
+        if entry.isdigit() and (process := look_at(int(entry))):
+            yield process
+
+
+def descendants(root: int, processes: Iterable[Process] | None = None) -> list[Process]:
+    """Every process below `root`, zombies included, nearest first."""
+    children: dict[int, list[Process]] = {}
+    for process in every_process() if processes is None else processes:
+        children.setdefault(process.ppid, []).append(process)
+    found: list[Process] = []
+    pending = [root]
+    while pending:
+        below = children.get(pending.pop(0), [])
+        found += below
+        pending += [process.pid for process in below]
+    return found
+
+
+def mark_of(pid: int) -> str | None:
+    """HIVE_MARK in the process's environment, or None when it has none or is not ours to read."""
+    try:
+        environ = Path(f"/proc/{pid}/environ").read_bytes()
+    except OSError:
+        return None
+    for entry in environ.split(b"\0"):
+        if entry.startswith(b"HIVE_MARK="):
+            return entry[10:].decode(errors="replace")
+    return None
+
+
+def shared_memory(pid: int) -> dict[str, int]:
+    """Names in /dev/shm that a process maps, each with its inode."""
+    found: dict[str, int] = {}
+    with contextlib.suppress(OSError):
+        for line in Path(f"/proc/{pid}/maps").read_text(errors="replace").splitlines():
+            where = line.find(SHM)
+            if where >= 0 and not line.endswith(" (deleted)"):
+                found[line[where + len(SHM) :]] = int(line.split(None, 5)[4])
+    return found
+
+
+def send_signal(process: Process, number: int) -> None:
+    """Signal a process, but never a stranger that got its pid."""
+    now = look_at(process.pid)
+    if now is not None and now.start == process.start:
+        with contextlib.suppress(ProcessLookupError, PermissionError):
+            os.kill(process.pid, number)
+
+
+def ask_to_end(process: Process) -> None:
+    send_signal(process, signal.SIGTERM)
+    # A stopped process acts on TERM only when it runs again.
+    send_signal(process, signal.SIGCONT)
+
+
+def describe(process: Process) -> dict[str, Any]:
+    """What an operator needs to know of a process that will not go."""
+    wchan = ""
+    with contextlib.suppress(OSError):
+        wchan = Path(f"/proc/{process.pid}/wchan").read_text()
+    return {"pid": process.pid, "name": process.name, "state": process.state, "wchan": wchan}
+
+
+def remove_shared_memory(recorded: dict[str, int]) -> list[str]:
+    """Unlink recorded names that are still the same file and that no living process maps."""
+    there: dict[str, int] = {}
+    for name, inode in recorded.items():
+        with contextlib.suppress(OSError):
+            if os.stat(SHM + name).st_ino == inode:
+                there[name] = inode
+    if not there:
+        return []
+    mapped: set[str] = set()
+    for process in every_process():
+        mapped |= shared_memory(process.pid).keys() & there.keys()
+    removed = []
+    for name in there.keys() - mapped:
+        with contextlib.suppress(OSError):
+            os.unlink(SHM + name)
+            removed.append(name)
+    return sorted(removed)
+
+
+class Log:
+    """The engine's output in a file of at most `most_bytes`, with `keep` older ones beside it."""
+
+    def __init__(self, path: str, most_bytes: int, keep: int) -> None:
+        self.path, self.most_bytes, self.keep = path, most_bytes, keep
+        self._open()
+
+    def _open(self) -> None:
+        flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
+        self.fd = os.open(self.path, flags, 0o600)
+        self.size = os.fstat(self.fd).st_size
+
+    def write(self, text: bytes) -> None:
+        # A full disk costs log lines, never the engine: it must not block on its own output.
+        with contextlib.suppress(OSError):
+            if self.size + len(text) > self.most_bytes:
+                self._rotate()
+            self.size += os.write(self.fd, text)
+
+    def _rotate(self) -> None:
+        for number in range(self.keep, 0, -1):
+            older = f"{self.path}.{number - 1}" if number > 1 else self.path
+            with contextlib.suppress(FileNotFoundError):
+                os.replace(older, f"{self.path}.{number}")
+        os.close(self.fd)
+        self._open()
+
+
+class Record:
+    """What the tree consists of, on disk, for whoever must end it when the guard is killed too."""
+
+    def __init__(self, path: str, mark: str) -> None:
+        self.path, self.mark = path, mark
+        self.shm: dict[str, int] = {}
+        self._written: Any = None
+
+    def update(self, members: list[Process]) -> None:
+        for process in members:
+            self.shm |= shared_memory(process.pid)
+        content = {
+            "mark": self.mark,
+            "guard": os.getpid(),
+            "members": sorted([p.pid, p.start] for p in members),
+            "shm": self.shm,
+        }
+        if content != self._written:
+            with contextlib.suppress(OSError):
+                draft = self.path + ".new"
+                Path(draft).write_text(json.dumps(content))
+                os.replace(draft, self.path)
+                self._written = content
+
+
+class Guard:
+    """One engine's parent; everything happens in one thread, in `run`."""
+
+    def __init__(self, control: socket.socket, launch: dict[str, Any]) -> None:
+        self.control = control
+        self.launch = launch
+        self.log = Log(launch["log"], launch["log_bytes"], launch["log_files"])
+        self.record = Record(launch["record"], launch["mark"])
+        self.selector = selectors.DefaultSelector()
+        self.received = b""
+        self.leader: subprocess.Popen[bytes] | None = None
+        self.leader_over = False
+        self.is_orphan = False  # hive is gone
+        self.ends_at: float | None = None  # when TERM becomes KILL; None while all is well
+        self.killing_since: float | None = None
+        self.asked: set[tuple[int, int]] = set()  # (pid, start) that got TERM
+        self.killed: set[tuple[int, int]] = set()
+        self.told_survivors = False
+
+    def run(self) -> int:
+        wakeup_r, wakeup_w = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
+        signal.set_wakeup_fd(wakeup_w, warn_on_full_buffer=False)
+        for number in (signal.SIGCHLD, signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
+            signal.signal(number, self._on_signal)
+        become_subreaper()
+        if not self._start():
+            return 1
+        self.selector.register(self.control, selectors.EVENT_READ, self._on_control)
+        self.selector.register(wakeup_r, selectors.EVENT_READ, lambda: drain_pipe(wakeup_r))
+        next_look = 0.0
+        while True:
+            news = self._reap()
+            now = time.monotonic()
+            # Looking reads all of /proc, so a flood of output must not make it happen more often.
+            if news or now >= next_look:
+                if self.ends_at is None:
+                    self.record.update(descendants(os.getpid()))
+                elif self._advance_end(now):
+                    return 0
+                idle = self.ends_at is None or self.told_survivors
+                next_look = now + (TICK_S if idle else ENDING_TICK_S)
+            was_ending = self.ends_at
+            for key, _ in self.selector.select(max(0.0, next_look - time.monotonic())):
+                key.data()
+            if self.ends_at != was_ending:
+                next_look = 0.0
+
+    def _on_signal(self, number: int, _frame: object) -> None:
+        if number in (signal.SIGTERM, signal.SIGINT):
+            self._begin_end(self.launch["grace_s"])
+
+    def _start(self) -> bool:
+        out_r, out_w = os.pipe2(os.O_CLOEXEC)
+        os.set_blocking(out_r, False)
+        me = os.getpid()
+
+        def die_with_the_guard() -> None:
+            prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+            if os.getppid() != me:  # the guard died before the line above
+                os._exit(127)
+
+        try:
+            # PDEATHSIG counts from the forking *thread*'s end, so this must be the main thread;
+            # and the guard has no other, so a function between fork and exec is safe.
+            self.leader = subprocess.Popen(  # noqa: PLW1509
+                self.launch["argv"],
+                env=self.launch["env"],
+                cwd=self.launch["cwd"],
+                stdin=subprocess.DEVNULL,
+                stdout=out_w,
+                stderr=out_w,
+                start_new_session=True,
+                preexec_fn=die_with_the_guard,
+            )
+        except OSError as exc:
+            self._tell("spawn_failed", error=exc.strerror or str(exc), file=exc.filename)
+            self._clean()
+            return False
+        finally:
+            os.close(out_w)
+        self.selector.register(out_r, selectors.EVENT_READ, lambda: self._on_output(out_r))
+        self.out_r = out_r
+        process = look_at(self.leader.pid)
+        now = time.strftime("%Y-%m-%dT%H:%M:%S%z")
+        self.log.write(f"{HEADER}{now} pid {self.leader.pid}\n".encode())
+        self._tell("started", pid=self.leader.pid, start=process.start if process else 0)
+        return True
+
+    def _tell(self, event: str, **facts: Any) -> None:
+        if not self.is_orphan:
+            with contextlib.suppress(OSError):
+                self.control.sendall(json.dumps({"event": event, **facts}).encode() + b"\n")
+
+    def _on_output(self, fd: int) -> None:
+        try:
+            text = os.read(fd, 65536)
+        except BlockingIOError:
+            return
+        if text:
+            self.log.write(text)
+        else:
+            self.selector.unregister(fd)
+
+    def _on_control(self) -> None:
+        try:
+            more = self.control.recv(65536)
+        except OSError:
+            more = b""
+        if not more:
+            self.selector.unregister(self.control)
+            self.is_orphan = True
+            self._begin_end(self.launch["grace_s"])
+            return
+        self.received += more
+        *lines, self.received = self.received.split(b"\n")
+        for line in lines:
+            asked = json.loads(line)
+            if asked["do"] == "end":
+                self._begin_end(asked["grace_s"])
+
+    def _begin_end(self, grace_s: float) -> None:
+        ends_at = time.monotonic() + grace_s
+        if self.ends_at is None:
+            self.record.update(descendants(os.getpid()))
+        self.ends_at = ends_at if self.ends_at is None else min(self.ends_at, ends_at)
+
+    def _reap(self) -> bool:
+        """Collect every ended child (here, and only here, all of them are ours); True if any."""
+        found = False
+        while True:
+            try:
+                pid, status = os.waitpid(-1, os.WNOHANG)
+            except ChildProcessError:
+                return found
+            if pid == 0:
+                return found
+            found = True
+            if self.leader is not None and pid == self.leader.pid:
+                code = os.waitstatus_to_exitcode(status)
+                self.leader.returncode = code
+                self.leader_over = True
+                if code >= 0:
+                    self._tell("exited", code=code)
+                else:
+                    self._tell("exited", signal=-code)
+                # What the leader leaves behind has nobody to serve: end it.
+                self._begin_end(self.launch["grace_s"])
+
+    def _advance_end(self, now: float) -> bool:
+        """One look at an ending tree; True when nothing is left of it."""
+        members = descendants(os.getpid())
+        if not members:
+            how = "kill" if self.killed else "term" if self.asked else "exit"
+            self._read_rest()
+            removed = self._clean()
+            self._tell("gone", how=how, killed=len(self.killed), removed=removed)
+            return True
+        assert self.ends_at is not None
+        for process in members:
+            identity = (process.pid, process.start)
+            if process.state == "Z":
+                continue
+            if now >= self.ends_at:
+                self.killed.add(identity)
+                send_signal(process, signal.SIGKILL)
+            elif identity not in self.asked:
+                self.asked.add(identity)
+                ask_to_end(process)
+        if now >= self.ends_at and self.killing_since is None:
+            self.killing_since = now
+        if self.killing_since and now - self.killing_since > KILL_S and not self.told_survivors:
+            self.told_survivors = True
+            self._tell("survived", members=[describe(process) for process in members])
+        return False
+
+    def _read_rest(self) -> None:
+        with contextlib.suppress(OSError):
+            while text := os.read(self.out_r, 65536):
+                self.log.write(text)
+
+    def _clean(self) -> list[str]:
+        """Remove what the tree left: its shared memory, its socket, its temporary files."""
+        removed = remove_shared_memory(self.record.shm)
+        shutil.rmtree(self.launch["home"], ignore_errors=True)
+        return removed
+
+
+def drain_pipe(fd: int) -> None:
+    with contextlib.suppress(BlockingIOError):
+        while len(os.read(fd, 4096)) == 4096:  # noqa: PLR2004 (the size just asked for)
+            pass
+
+
+def main() -> int:
+    control = socket.socket(fileno=int(sys.argv[1]))
+    os.set_inheritable(control.fileno(), False)
+    prctl(PR_SET_NAME, ctypes.cast(ctypes.c_char_p(b"hive-guard"), ctypes.c_void_p).value or 0)
+    text = b""
+    while not text.endswith(b"\n"):
+        more = control.recv(1 << 20)
+        if not more:
+            return 0  # hive died before it said what to start
+        text += more
+    return Guard(control, json.loads(text)).run()
+
+
+if __name__ == "__main__":
+    os._exit(main())  # nothing is left to tidy, and hive waits for this process's end

@@ -1,0 +1,27 @@
+"""What hive needs of an engine, whichever it is."""
+
+from typing import Protocol
+
+from hive.workers.client import EngineClient
+from hive.workers.process import Launch, Place
+
+
+class Engine(Protocol):
+    """One model's engine, in hive's words. Implementations hold settings, no processes."""
+
+    health_path: str
+
+    def launch(self, place: Place, devices: tuple[str, ...], visible: str | None) -> Launch:
+        """Arguments and environment of one start.
+
+        `devices` are the worker's as configured; `visible` is CUDA_VISIBLE_DEVICES by UUID, or
+        None on the CPU. Raises WorkerSpawnFailed when the engine's program is not there.
+        """
+        ...
+
+    async def probe(self, client: EngineClient) -> None:
+        """Have the engine do the smallest piece of its real work; READY follows.
+
+        Raises ProbeFailed while it does not answer as it should.
+        """
+        ...

@@ -1,0 +1,368 @@
+"""A process tree behind a guard, as hive sees it: started, watched, reliably ended, proved gone.
+
+Promise 5. The guard ends the tree; where the guard itself was killed or does not answer, hive is
+the next subreaper, adopts the tree and ends it by the same rules, reaping by pid (never any
+child: asyncio's own children are not ours to reap).
+"""
+
+import asyncio
+import contextlib
+import json
+import logging
+import os
+import secrets
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, cast
+
+from hive.errors import WorkerSpawnFailed
+from hive.workers import guard
+from hive.workers.guard import Process
+
+log = logging.getLogger(__name__)
+
+LOG_BYTES = 8 * 1024 * 1024  # per file, one current and LOG_FILES older ones
+LOG_FILES = 3
+LOOK_S = 0.02  # how often an adopted tree is looked at
+ANSWER_S = 2.0  # what the guard may need beyond the grace and the kill before hive takes over
+
+
+@dataclass(frozen=True, slots=True)
+class Launch:
+    """What to start: arguments, and the whole environment."""
+
+    argv: Sequence[str]
+    env: Mapping[str, str]
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """The directories and files of one start. `home` is removed whole after the end."""
+
+    home: Path
+    log: Path
+    cwd: Path = Path("/")
+    mark: str = field(default_factory=lambda: secrets.token_hex(8))
+
+    @property
+    def socket(self) -> Path:
+        return self.home / "s"
+
+    @property
+    def tmp(self) -> Path:
+        return self.home / "t"
+
+    @property
+    def record(self) -> Path:
+        return self.home / "tree.json"
+
+
+@dataclass(frozen=True, slots=True)
+class Exit:
+    """How the engine's first process ended: an exit code, a signal, or unknown."""
+
+    code: int | None = None
+    signal: int | None = None
+    guard_lost: bool = False
+
+    @property
+    def cause(self) -> str:
+        if self.guard_lost:
+            return "guard_lost"
+        return "signal" if self.signal is not None else "exit"
+
+    def __str__(self) -> str:
+        if self.guard_lost:
+            return "its guard was killed"
+        if self.signal is not None:
+            try:
+                return f"signal {signal.Signals(self.signal).name}"
+            except ValueError:
+                return f"signal {self.signal}"
+        return f"exit status {self.code}"
+
+
+@dataclass(frozen=True, slots=True)
+class Gone:
+    """The end of a tree: how it took place, and what had to be killed or removed."""
+
+    how: str  # exit, term or kill
+    killed: int
+    removed: tuple[str, ...]
+
+
+class Tree(asyncio.Protocol):
+    """One tree. `started`, `exited` and `gone` are futures; `end` may be called any number of times.
+
+    `survivors` is not empty while members outlive SIGKILL; `gone` then resolves when they go.
+    """
+
+    def __init__(self, place: Place) -> None:
+        loop = asyncio.get_running_loop()
+        self.place = place
+        self.started: asyncio.Future[int] = loop.create_future()
+        self.exited: asyncio.Future[Exit] = loop.create_future()
+        self.gone: asyncio.Future[Gone] = loop.create_future()
+        self.survived: asyncio.Future[list[dict[str, Any]]] = loop.create_future()
+        self._transport: asyncio.WriteTransport | None = None
+        self._guard: subprocess.Popen[bytes] | None = None
+        self._received = b""
+        self._report: Gone | None = None
+        self._takeover: asyncio.Task[None] | None = None
+        self._patience: asyncio.TimerHandle | None = None
+        self._grace_s = 5.0
+
+    @classmethod
+    async def spawn(cls, launch: Launch, place: Place, grace_s: float = 5.0) -> "Tree":
+        """Start `launch` under a guard.
+
+        Raises WorkerSpawnFailed when the program cannot be run; nothing is left then.
+        """
+        place.home.mkdir(mode=0o700)
+        place.tmp.mkdir(mode=0o700)
+        tree = cls(place)
+        tree._grace_s = grace_s
+        ours, theirs = socket.socketpair()
+        try:
+            with theirs:
+                command = [sys.executable, "-I", "-S", guard.__file__, str(theirs.fileno())]
+                tree._guard = subprocess.Popen(
+                    command,
+                    pass_fds=[theirs.fileno()],
+                    start_new_session=True,
+                    stdin=subprocess.DEVNULL,
+                    stdout=subprocess.DEVNULL,
+                    cwd="/",
+                    env={"HIVE_MARK": place.mark},
+                )
+            ours.setblocking(False)
+            loop = asyncio.get_running_loop()
+            tree._watch_guard(loop)
+            await loop.create_connection(lambda: tree, sock=ours)
+        except BaseException:
+            ours.close()
+            if tree._guard:
+                tree._guard.kill()  # nothing was started yet: the guard waits for the launch
+                tree._guard.wait()
+            shutil.rmtree(place.home, ignore_errors=True)
+            raise
+        tree._send(
+            argv=list(launch.argv),
+            env=dict(launch.env),
+            cwd=str(place.cwd),
+            home=str(place.home),
+            record=str(place.record),
+            mark=place.mark,
+            log=str(place.log),
+            log_bytes=LOG_BYTES,
+            log_files=LOG_FILES,
+            grace_s=grace_s,
+        )
+        try:
+            await asyncio.shield(tree.started)
+        except asyncio.CancelledError:
+            await asyncio.shield(tree.end(0))
+            raise
+        return tree
+
+    @property
+    def pid(self) -> int:
+        """The pid of the engine's first process."""
+        return self.started.result()
+
+    @property
+    def guard_pid(self) -> int:
+        assert self._guard is not None
+        return self._guard.pid
+
+    async def end(self, grace_s: float) -> Gone:
+        """TERM to every member, `grace_s` later KILL; returns when nothing is left.
+
+        Waits as long as a member survives SIGKILL: bound it by watching `survived`.
+        """
+        if not self.gone.done():
+            self._grace_s = grace_s
+            self._send(do="end", grace_s=grace_s)
+            if self._patience is None:
+                patience_s = grace_s + guard.KILL_S + ANSWER_S
+                loop = asyncio.get_running_loop()
+                self._patience = loop.call_later(patience_s, self._give_up_on_guard)
+        return await asyncio.shield(self.gone)
+
+    # ── news from the guard ─────────────────────────────────────────────────────────────────────
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        # uvloop's transports are not registered as asyncio's, so isinstance would say no.
+        self._transport = cast("asyncio.WriteTransport", transport)
+
+    def data_received(self, data: bytes) -> None:
+        *lines, self._received = (self._received + data).split(b"\n")
+        for line in lines:
+            self._hear(json.loads(line))
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self._transport = None
+
+    def _hear(self, news: dict[str, Any]) -> None:
+        match news:
+            case {"event": "started", "pid": pid}:
+                _resolve(self.started, pid)
+            case {"event": "spawn_failed", "error": error, "file": file}:
+                failure = WorkerSpawnFailed(
+                    f"The engine's program could not be run: {error}.", expected=file
+                )
+                if not self.started.done():
+                    self.started.set_exception(failure)
+                self._report = Gone("exit", 0, ())
+            case {"event": "exited"}:
+                _resolve(self.exited, Exit(code=news.get("code"), signal=news.get("signal")))
+            case {"event": "survived", "members": members}:
+                _resolve(self.survived, members)
+            case {"event": "gone", "how": how, "killed": killed, "removed": removed}:
+                # Believed, but not passed on before the guard itself has ended, too.
+                self._report = Gone(how, killed, tuple(removed))
+
+    def _send(self, **message: Any) -> None:
+        if self._transport is not None:
+            self._transport.write(json.dumps(message).encode() + b"\n")
+
+    # ── when the guard is killed ────────────────────────────────────────────────────────────────
+
+    def _watch_guard(self, loop: asyncio.AbstractEventLoop) -> None:
+        assert self._guard is not None
+        fd = os.pidfd_open(self._guard.pid)
+
+        def ended() -> None:
+            loop.remove_reader(fd)
+            os.close(fd)
+            assert self._guard is not None
+            self._guard.wait()  # it has ended: this returns at once
+            self._guard_ended()
+
+        loop.add_reader(fd, ended)
+
+    def _guard_ended(self) -> None:
+        if self._patience is not None:
+            self._patience.cancel()
+        if self._transport is not None:
+            # The socket's end comes after everything that the guard said: wait for it.
+            asyncio.get_running_loop().call_soon(self._guard_ended)
+            return
+        if self._report is not None:
+            _resolve(self.exited, Exit(guard_lost=True))
+            _resolve(self.gone, self._report)
+            return
+        log.warning("a guard was killed; hive ends its tree itself (mark %s)", self.place.mark)
+        _resolve(self.exited, Exit(guard_lost=True))
+        if not self.started.done():
+            self.started.set_exception(WorkerSpawnFailed("The engine's guard ended at its start."))
+        self._takeover = asyncio.get_running_loop().create_task(
+            self._end_adopted(), name=f"adopted tree {self.place.mark}"
+        )
+
+    def _give_up_on_guard(self) -> None:
+        if self.gone.done() or self.survived.done():
+            return  # gone, or reported: waiting for the kernel is no fault of the guard
+        log.warning("a guard does not answer; hive kills it (mark %s)", self.place.mark)
+        assert self._guard is not None
+        self._guard.kill()
+
+    async def _end_adopted(self) -> None:
+        """End the tree of a killed guard; its orphans are hive's children now."""
+        recorded, shm = read_record(self.place.record)
+        term_until = time.monotonic() + self._grace_s
+        killed: set[int] = set()
+        asked: set[int] = set()
+        while members := adopted(self.place.mark, recorded):
+            now = time.monotonic()
+            for process in members:
+                shm |= guard.shared_memory(process.pid)
+                if process.state == "Z":
+                    _reap(process)
+                elif now >= term_until:
+                    killed.add(process.pid)
+                    guard.send_signal(process, signal.SIGKILL)
+                elif process.pid not in asked:
+                    asked.add(process.pid)
+                    guard.ask_to_end(process)
+            if now > term_until + guard.KILL_S:
+                _resolve(self.survived, [guard.describe(p) for p in members])
+            await asyncio.sleep(LOOK_S if not self.survived.done() else 1.0)
+        removed = guard.remove_shared_memory(shm)
+        shutil.rmtree(self.place.home, ignore_errors=True)
+        how = "kill" if killed else "term"
+        _resolve(self.gone, Gone(how, len(killed), tuple(removed)))
+
+    def __repr__(self) -> str:
+        state = "gone" if self.gone.done() else "exited" if self.exited.done() else "alive"
+        return f"<Tree {self.place.mark} {state}>"
+
+
+def _resolve(future: "asyncio.Future[Any]", value: object) -> None:
+    if not future.done():
+        future.set_result(value)
+
+
+def _reap(process: Process) -> None:
+    with contextlib.suppress(ChildProcessError):
+        os.waitpid(process.pid, os.WNOHANG)
+
+
+def read_record(path: Path) -> tuple[set[tuple[int, int]], dict[str, int]]:
+    """The members (pid, start) and shared memory that a guard wrote down; empty if unreadable."""
+    try:
+        content = json.loads(path.read_bytes())
+        return {(pid, start) for pid, start in content["members"]}, dict(content["shm"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return set(), {}
+
+
+def adopted(mark: str, recorded: set[tuple[int, int]]) -> list[Process]:
+    """Living members of a tree that has lost its guard: by the guard's record, and by mark.
+
+    Descendants of members belong to it, too: a process may have wiped its environment.
+    """
+    everything = list(guard.every_process())
+    roots = {
+        process.pid
+        for process in everything
+        if (process.pid, process.start) in recorded or guard.mark_of(process.pid) == mark
+    }
+    found = {process.pid: process for process in everything if process.pid in roots}
+    for root in roots:
+        found |= {process.pid: process for process in guard.descendants(root, everything)}
+    return [process for process in found.values() if process.pid != os.getpid()]
+
+
+async def sweep(runtime_dir: Path) -> list[str]:
+    """End what an earlier life of hive left under `runtime_dir`/w, and remove it.
+
+    Needed only where hive and its guard were killed together; touches only processes that carry
+    the recorded mark or are the recorded (pid, start). Returns what was found, for the log.
+    """
+    found = []
+    for home in sorted((runtime_dir / "w").glob("*")):
+        record = home / "tree.json"
+        recorded, shm = read_record(record)
+        mark = ""
+        with contextlib.suppress(OSError, ValueError, KeyError):
+            mark = json.loads(record.read_bytes())["mark"]
+        deadline = time.monotonic() + guard.KILL_S
+        while members := adopted(mark, recorded) if mark else []:
+            for process in members:
+                guard.send_signal(process, signal.SIGKILL)
+                found.append(f"process {process.pid} ({process.name})")
+            if time.monotonic() > deadline:
+                break
+            await asyncio.sleep(LOOK_S)
+        found += [f"shared memory {name}" for name in guard.remove_shared_memory(shm)]
+        shutil.rmtree(home, ignore_errors=True)
+        found.append(f"directory {home.name}")
+    return list(dict.fromkeys(found))

@@ -1,0 +1,97 @@
+"""The `vllm` engine: vLLM's OpenAI server from an environment of its own, on a unix socket."""
+
+import json
+from pathlib import Path
+
+from hive.errors import WorkerSpawnFailed
+from hive.settings import Model
+from hive.workers.client import EngineClient, ProbeFailed
+from hive.workers.command import engine_environment, probe_as
+from hive.workers.environment import managed_python
+from hive.workers.process import Launch, Place
+
+SERVER = "vllm.entrypoints.openai.api_server"  # the `vllm` script of the CPU build cannot start
+
+# Route that vLLM registers for a task -> the probe that does that task's smallest work.
+_PROBES = (
+    ("/v1/completions", "completion"),
+    ("/v1/chat/completions", "chat"),
+    ("/v1/embeddings", "embedding"),
+)
+
+
+def python_of(name: str, model: Model) -> Path:
+    """The Python of the model's engine environment. Raises WorkerSpawnFailed if there is none."""
+    python = model.python or managed_python()
+    if python is None:
+        raise WorkerSpawnFailed(
+            f"Model {name}: there is no engine environment.",
+            action="Run 'hive engine install cpu', or set the model's 'python' to the Python of "
+            "an environment that has vllm and lmcache.",
+        )
+    if not python.is_file():
+        raise WorkerSpawnFailed(
+            f"Model {name}: the engine's python does not exist.",
+            action="Set the model's 'python' to an existing interpreter, or remove it to use the "
+            "managed environment ('hive engine install cpu').",
+            expected=str(python),
+        )
+    return python
+
+
+class VllmEngine:
+    """vLLM's own arguments are made from the settings; `args` and `env` come after them."""
+
+    health_path = "/health"
+
+    def __init__(self, name: str, model: Model) -> None:
+        self.name, self.model = name, model
+
+    def launch(self, place: Place, devices: tuple[str, ...], visible: str | None) -> Launch:
+        model = self.model
+        assert model.path is not None
+        argv = [
+            str(python_of(self.name, model)),
+            "-m",
+            SERVER,
+            "--model",
+            model.path,
+            "--served-model-name",
+            self.name,
+            "--uds",
+            str(place.socket),
+            "--disable-uvicorn-access-log",
+        ]
+        extra = {
+            "VLLM_NO_USAGE_STATS": "1",
+            "DO_NOT_TRACK": "1",
+            "LMCACHE_TRACK_USAGE": "false",
+            "LMCACHE_DISABLE_BANNER": "1",
+            "PYTHONHASHSEED": "0",
+        }
+        if Path(model.path).is_dir():
+            extra["HF_HUB_OFFLINE"] = "1"  # everything is there: nothing may be fetched instead
+        if len(devices) > 1:
+            argv += ["--tensor-parallel-size", str(len(devices))]
+        if devices == ("cpu",):
+            extra["VLLM_CPU_KVCACHE_SPACE"] = f"{model.kv_cache_gib or 1:g}"
+        elif model.kv_cache_gib:
+            argv += ["--kv-cache-memory-bytes", str(int(model.kv_cache_gib * 2**30))]
+        env = engine_environment(model, place, visible, extra)
+        return Launch([*argv, *model.args], env)
+
+    async def probe(self, client: EngineClient) -> None:
+        kind = self.model.probe or await self._task(client)
+        await probe_as(kind, client, self.health_path)
+
+    async def _task(self, client: EngineClient) -> str:
+        """What this model can do, read off the routes that vLLM registered for it."""
+        document = json.loads(await client.must("GET", "/openapi.json"))
+        routes = document.get("paths", {})
+        for route, kind in _PROBES:
+            if route in routes:
+                return kind
+        raise ProbeFailed("no route of a known task; set the model's 'probe'")
+
+    def __repr__(self) -> str:
+        return f"<VllmEngine {self.name}>"

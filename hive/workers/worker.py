@@ -1,0 +1,472 @@
+"""One worker: an engine's life from start to proved end; its task is the sole writer of its state.
+
+Whoever wants something posts news into the inbox; the task looks the next state up in the
+table (policy/lifecycle), announces the move and begins what the new state does.
+"""
+
+import asyncio
+import contextlib
+import random
+import time
+from collections.abc import Callable, Coroutine, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import aiohttp
+
+from hive.errors import Conflict, HiveError, LoadingTimeout, WorkerCrashed
+from hive.events import (
+    Announcer,
+    WorkerEnded,
+    WorkerExited,
+    WorkerMoved,
+    WorkerReady,
+    WorkerRestartPlanned,
+    WorkerStarted,
+)
+from hive.policy.lifecycle import ON_THE_WAY, News, State, step
+from hive.policy.restarts import RestartPolicy
+from hive.settings import Timeouts
+from hive.workers.client import EngineClient, ProbeFailed
+from hive.workers.diagnosis import last_words
+from hive.workers.ports import Engine
+from hive.workers.process import Exit, Place, Tree
+
+POLL_S = (0.02, 0.5)  # first and longest pause between two looks at a loading engine
+HINT_S = 30.0  # told to clients until a load time was measured
+
+
+@dataclass(frozen=True, slots=True)
+class WorkerPlan:
+    """What a worker is, decided before it exists."""
+
+    id: str
+    model: str
+    devices: tuple[str, ...]
+    visible: str | None  # CUDA_VISIBLE_DEVICES by UUID; None on the CPU
+    engine: Engine
+    timeouts: Timeouts
+    restarts: RestartPolicy
+    drain_s: float
+    log: Path
+
+
+class Life:
+    """One start of a worker, from before the process to after the last member's end."""
+
+    def __init__(self, number: int, place: Place, model: str) -> None:
+        self.number = number
+        self.place = place
+        self.began = time.monotonic()
+        self.tree: Tree | None = None
+        self.client = EngineClient(place.socket, model)
+        # The data path's own connections; they end with this life.
+        self.session = aiohttp.ClientSession(
+            # A connection a request: an engine that closes an idle one just then loses nothing.
+            connector=aiohttp.UnixConnector(str(place.socket), limit=0, force_close=True),
+            timeout=aiohttp.ClientTimeout(total=None),
+            auto_decompress=False,
+            skip_auto_headers=("User-Agent", "Accept", "Accept-Encoding", "Content-Type"),
+            cookie_jar=aiohttp.DummyCookieJar(),
+            read_bufsize=256 * 1024,
+        )
+        # Resolved when the engine's end has been heard *and* the worker's state says so.
+        self.over: asyncio.Future[Exit] = asyncio.get_running_loop().create_future()
+        self.was_asked = False  # hive ended it; it did not end by itself
+
+    async def close(self) -> None:
+        await self.client.close()
+        await self.session.close()
+
+    async def over_within(self, seconds: float) -> Exit | None:
+        """How the engine ended, if it ends within `seconds`."""
+        with contextlib.suppress(TimeoutError):
+            return await asyncio.wait_for(asyncio.shield(self.over), seconds)
+        return None
+
+
+@dataclass(slots=True)
+class Message:
+    news: News
+    life: Life | None = None  # news about an earlier life is dropped
+    reason: str = ""
+    handled: "asyncio.Future[bool] | None" = None  # True: the state changed
+    before: Callable[[], None] | None = None  # runs in the task, before the move …
+    after: Callable[[], None] | None = None  # … and after it
+
+
+@dataclass(slots=True)
+class Counts:
+    starts: int = 0
+    unasked: tuple[float, ...] = field(default_factory=tuple)  # times of restarts nobody asked for
+
+
+class Worker:
+    """See the module. `run` must be running for anything to happen."""
+
+    def __init__(
+        self,
+        plan: WorkerPlan,
+        new_place: Callable[[Path], Place],
+        announcer: Announcer,
+        chance: Callable[[], float] = random.random,
+    ) -> None:
+        self.plan = plan
+        self.id, self.model = plan.id, plan.model
+        self.state = State.STOPPED
+        self.reason = ""
+        self.error: HiveError | None = None  # why it is FAILED
+        self.since = time.time()
+        self.life: Life | None = None
+        self.last_exit: str | None = None
+        self.load_s: float | None = None  # the last measured load
+        self.in_flight = 0
+        self.counts = Counts()
+        self._new_place = new_place
+        self._announcer = announcer
+        self._chance = chance
+        self._inbox: asyncio.Queue[Message] = asyncio.Queue()
+        self._wanted_up = False
+        self._restart_asked = False
+        self._is_fatal = False  # the failure cannot heal by starting again
+        self._pause_s = 0.0
+        self._unasked = False
+        self._hurry = asyncio.Event()
+        self._idle = asyncio.Event()
+        self._moved = asyncio.Event()
+        self._activity: asyncio.Task[None] | None = None
+        self._idle.set()
+
+    # ── what others ask ─────────────────────────────────────────────────────────────────────────
+
+    async def start(self) -> None:
+        """Start, and forget earlier restarts. Raises Conflict when it is up or on the way."""
+
+        def wanted() -> None:
+            self._wanted_up = True
+            self._restart_asked = False
+            self.counts.unasked = ()
+            self._hurry.set()
+
+        if self.state in (State.READY, State.LOADING, State.DRAINING, State.LOST):
+            raise self._conflict("start", "STOPPED or FAILED")
+        moved = await self._post(News.START_ASKED, "start was asked", before=wanted)
+        if not moved and self.state not in ON_THE_WAY:
+            # It is STOPPING: what it was going to do next has been changed to a start.
+            self._restart_asked = True
+
+    async def stop(self, *, drain: bool = True) -> None:
+        """Drain (up to drain_s), then end the tree. Raises Conflict when there is nothing to stop."""
+
+        def unwanted() -> None:
+            self._wanted_up = False
+            self._restart_asked = False
+
+        if self.state in (State.STOPPED, State.LOST):
+            raise self._conflict("stop", "running, starting or FAILED")
+        news = News.STOP_ASKED if drain else News.HASTE_ASKED
+        await self._post(news, "stop was asked", before=unwanted)
+
+    async def restart(self) -> None:
+        """Stop, then start; neither counts against the restart policy."""
+
+        def again() -> None:
+            self._wanted_up = True
+            self._restart_asked = True
+            self.counts.unasked = ()
+
+        if self.state is State.LOST:
+            raise self._conflict("restart", "anything but LOST")
+        if self.state in (State.STOPPED, State.FAILED):
+            await self.start()
+        else:
+            await self._post(News.STOP_ASKED, "restart was asked", before=again)
+
+    async def wait_for(self, *states: State) -> State:
+        """Return when the worker is in one of `states`; the caller bounds the wait."""
+        while self.state not in states:
+            self._moved.clear()
+            await self._moved.wait()
+        return self.state
+
+    @contextlib.contextmanager
+    def lease(self) -> Iterator[Life]:
+        """Count one request in; the life that it talks to. Only while READY."""
+        assert self.state is State.READY
+        assert self.life is not None
+        self.in_flight += 1
+        self._idle.clear()
+        try:
+            yield self.life
+        finally:
+            self.in_flight -= 1
+            if self.in_flight == 0:
+                self._idle.set()
+
+    @property
+    def ready_in_s(self) -> float | None:
+        """The hint for clients while the worker is on its way; None when it is not (contract)."""
+        if self.state is State.STOPPING and self._wanted_up and not self._is_fatal:
+            return HINT_S if self.load_s is None else self.load_s
+        if self.state not in ON_THE_WAY:
+            return None
+        if self.load_s is None:
+            return HINT_S
+        elapsed = time.monotonic() - self.life.began if self.life else 0.0
+        return max(0.5, self.load_s + self._pause_s - elapsed)
+
+    def view(self) -> dict[str, Any]:
+        """The worker as the API shows it."""
+        tree = self.life.tree if self.life else None
+        return {
+            "id": self.id,
+            "model": self.model,
+            "state": str(self.state),
+            "device": list(self.plan.devices)
+            if len(self.plan.devices) > 1
+            else self.plan.devices[0],
+            "pid": tree.pid if tree else None,
+            "guard_pid": tree.guard_pid if tree else None,
+            "reason": self.reason,
+            "since": self.since,
+            "in_flight": self.in_flight,
+            "starts": self.counts.starts,
+            "unasked_restarts": len(self.counts.unasked),
+            "load_seconds": round(self.load_s, 3) if self.load_s else None,
+            "last_exit": self.last_exit,
+            "error": self.error.code if self.error else None,
+        }
+
+    # ── the task ────────────────────────────────────────────────────────────────────────────────
+
+    async def run(self) -> None:
+        """Handle news until cancelled; a tree that exists then is ended first."""
+        try:
+            async with asyncio.TaskGroup() as tasks:
+                while True:
+                    self._handle(await self._inbox.get(), tasks)
+        finally:
+            if self.life and self.life.tree:
+                await asyncio.shield(self.life.tree.end(0))
+
+    async def _post(
+        self, news: News, reason: str, before: Callable[[], None] | None = None
+    ) -> bool:
+        handled: asyncio.Future[bool] = asyncio.get_running_loop().create_future()
+        self._inbox.put_nowait(Message(news, None, reason, handled, before))
+        return await handled
+
+    def _report(self, news: News, life: Life | None, reason: str = "") -> None:
+        self._inbox.put_nowait(Message(news, life, reason))
+
+    def _handle(self, message: Message, tasks: asyncio.TaskGroup) -> None:
+        if message.life is not None and message.life is not self.life:
+            return
+        if message.before:
+            message.before()
+        old, new = self.state, step(self.state, message.news)
+        if new is not old:
+            self._move(new, message.reason, tasks)
+        if message.after:
+            message.after()
+        if message.handled and not message.handled.done():
+            message.handled.set_result(new is not old)
+
+    def _move(self, new: State, reason: str, tasks: asyncio.TaskGroup) -> None:
+        old, self.state = self.state, new
+        self.reason, self.since = reason, time.time()
+        if new in (State.STARTING, State.READY):
+            self.error = None
+        self._announcer.announce(WorkerMoved(self.id, self.model, old, new, reason))
+        self._moved.set()
+        previous, self._activity = self._activity, None
+        if previous:
+            previous.cancel()
+        activity = self._doing(new, previous)
+        if activity is not None:
+            self._activity = tasks.create_task(activity, name=f"worker:{self.id}:{new}")
+
+    def _doing(
+        self, state: State, previous: "asyncio.Task[None] | None"
+    ) -> Coroutine[Any, Any, None] | None:
+        match state:
+            case State.STARTING:
+                return self._starting()
+            case State.LOADING:
+                return self._loading()
+            case State.DRAINING:
+                return self._draining()
+            case State.STOPPING:
+                return self._stopping(previous)
+            case State.LOST:
+                return self._waiting_for_the_kernel()
+        return None
+
+    # ── what each state does ────────────────────────────────────────────────────────────────────
+
+    async def _starting(self) -> None:
+        if self._pause_s:
+            self._hurry.clear()
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._hurry.wait(), self._pause_s)
+        self._is_fatal = False
+        self.counts.starts += 1
+        place = self._new_place(self.plan.log)
+        life = self.life = Life(self.counts.starts, place, self.model)
+        try:
+            launch = self.plan.engine.launch(place, self.plan.devices, self.plan.visible)
+            life.tree = await Tree.spawn(launch, place, self.plan.timeouts.cleanup_s)
+        except HiveError as exc:
+            self.error, self._is_fatal = exc, True
+            self._report(News.SPAWN_FAILED, life, exc.message)
+            return
+        except OSError as exc:
+            self._report(News.SPAWN_FAILED, life, f"could not start: {exc.strerror}")
+            return
+        life.tree.exited.add_done_callback(lambda done: self._exited(life, done.result()))
+        self._announcer.announce(
+            WorkerStarted(self.id, self.model, life.tree.pid, unasked=self._unasked)
+        )
+        self._report(News.SPAWNED, life, f"pid {life.tree.pid}")
+
+    async def _loading(self) -> None:
+        life = self.life
+        assert life is not None
+        finding = "no answer to the health check yet"
+        pause_s, longest_s = POLL_S
+        try:
+            async with asyncio.timeout_at(
+                asyncio.get_running_loop().time() + self.plan.timeouts.load_s
+            ):
+                while True:
+                    if await life.client.is_healthy(self.plan.engine.health_path):
+                        try:
+                            await self.plan.engine.probe(life.client)
+                            break
+                        except ProbeFailed as exc:
+                            finding = f"healthy, but the probe failed: {exc}"
+                    await asyncio.sleep(pause_s)
+                    pause_s = min(pause_s * 1.5, longest_s)
+        except TimeoutError:
+            self.error = LoadingTimeout(
+                f"Worker {self.id} was not ready within {self.plan.timeouts.load_s:g} s: {finding}.",
+                timeout_seconds=self.plan.timeouts.load_s,
+                worker=self.id,
+            )
+            self._report(News.LOAD_EXPIRED, life, self.error.message)
+            return
+        self.load_s = time.monotonic() - life.began
+        self._announcer.announce(WorkerReady(self.id, self.model, self.load_s))
+        self._report(News.ANSWERED, life, f"ready after {self.load_s:.1f} s")
+
+    async def _draining(self) -> None:
+        with contextlib.suppress(TimeoutError):
+            if self.plan.drain_s:
+                await asyncio.wait_for(self._idle.wait(), self.plan.drain_s)
+        self._report(News.DRAINED, self.life, "ending the engine")
+
+    async def _stopping(self, previous: "asyncio.Task[None] | None") -> None:
+        if previous is not None:
+            # A start that was interrupted ends what it began before it is done.
+            await asyncio.wait([previous])
+        life = self.life
+        if life and life.tree:
+            began = time.monotonic()
+            grace_s = self.plan.timeouts.cleanup_s
+            life.was_asked = not life.tree.exited.done()
+            ending = asyncio.ensure_future(life.tree.end(grace_s))
+            either: set[asyncio.Future[Any]] = {ending, life.tree.survived}
+            await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
+            if not ending.done():
+                ending.cancel()
+                members = life.tree.survived.result()
+                named = ", ".join(f"{m['pid']} ({m['name']}, {m['state']})" for m in members)
+                self._report(News.SURVIVED, life, f"survived SIGKILL: {named}")
+                return
+            gone = ending.result()
+            self._announcer.announce(
+                WorkerEnded(self.id, self.model, gone.how, time.monotonic() - began, gone.killed)
+            )
+        if life:
+            if not life.over.done():
+                life.over.set_result(Exit())
+            await life.close()
+            self.life = None
+        self._decide_what_follows()
+
+    def _decide_what_follows(self) -> None:
+        self._pause_s, self._unasked = 0.0, False
+        if not self._wanted_up:
+            self._report(News.GONE, None, self.reason)
+        elif self._restart_asked:
+            self._restart_asked = False
+            self._report(News.RESTART_DUE, None, "restart was asked")
+        elif self._is_fatal:
+            self._report(News.GAVE_UP, None, self.reason)
+        else:
+            self._restart_or_give_up()
+
+    def _restart_or_give_up(self) -> None:
+        now, policy = time.monotonic(), self.plan.restarts
+        pause_s = policy.pause_s(self.counts.unasked, now, self._chance())
+        recent = policy.recent(self.counts.unasked, now)
+        if pause_s is None:
+            why = (
+                f"gave up after {len(recent)} restarts within {policy.window_s:g} s; "
+                f"last: {self.reason}"
+            )
+            if self.error is None:
+                self.error = WorkerCrashed(f"Worker {self.id} {why}.", worker=self.id)
+            self._report(News.GAVE_UP, None, why)
+            return
+        self.counts.unasked = (*recent, now)
+        self._pause_s, self._unasked = pause_s, True
+        count = len(self.counts.unasked)
+        self._announcer.announce(
+            WorkerRestartPlanned(self.id, self.model, pause_s, count, policy.starts)
+        )
+        self._report(
+            News.RESTART_DUE,
+            None,
+            f"restart {count} of {policy.starts} in {pause_s:.1f} s; {self.reason}",
+        )
+
+    async def _waiting_for_the_kernel(self) -> None:
+        life = self.life
+        assert life is not None
+        assert life.tree is not None
+        await asyncio.shield(life.tree.gone)
+        await life.close()
+        self._wanted_up = False
+        self._report(News.GONE, life, "the process that had survived SIGKILL is gone")
+
+    def _exited(self, life: Life, exit_: Exit) -> None:
+        """The engine's first process ended (called by the tree)."""
+        asked = self.state is State.STOPPING and life is self.life
+        self.last_exit = str(exit_)
+        words = "" if asked else "; ".join(last_words(self.plan.log))
+        reason = str(exit_) if not words else f"{exit_}; last output: {words}"
+
+        def tell() -> None:
+            cause = "asked" if asked else exit_.cause
+            self._announcer.announce(
+                WorkerExited(self.id, self.model, cause, str(exit_), asked=asked)
+            )
+
+        def resolve() -> None:
+            if not life.over.done():
+                life.over.set_result(exit_)
+
+        message = Message(News.EXITED, life, f"crashed: {reason}", before=tell, after=resolve)
+        self._inbox.put_nowait(message)
+
+    def _conflict(self, action: str, needed: str) -> Conflict:
+        return Conflict(
+            f"Worker {self.id} is {self.state}; {action} needs it to be {needed}.",
+            state=str(self.state),
+            worker=self.id,
+        )
+
+    def __repr__(self) -> str:
+        return f"<Worker {self.id} {self.state}>"
