@@ -431,13 +431,17 @@ class Settings(BaseSettings):
                 )
 
     def _check_socket_path(self) -> None:
-        path = os.fsencode(self.server.runtime_dir / "w" / "999" / "s")
-        if len(path) > SOCKET_PATH_BYTES:
+        # A worker's own socket is w/N/s; vLLM makes others named by a UUID in w/N/t.
+        longest = "w/999999/t/" + "u" * 36
+        if all(model.engine == "command" for model in self.models.values()):
+            longest = "w/999999/s"
+        size = len(os.fsencode(self.server.runtime_dir / longest))
+        if size > SOCKET_PATH_BYTES:
             raise PydanticCustomError(
                 "socket_path",
-                "server.runtime_dir is too long: a worker's socket would have {got} bytes, a unix "
-                "socket path has at most {most}; choose a shorter directory",
-                {"got": len(path), "most": SOCKET_PATH_BYTES},
+                "server.runtime_dir is too long by {over} bytes: an engine's socket would have "
+                "{size}, a unix socket path has at most {most}; choose a shorter directory",
+                {"over": size - SOCKET_PATH_BYTES, "size": size, "most": SOCKET_PATH_BYTES},
             )
 
     def timeouts_of(self, model: Model) -> Timeouts:

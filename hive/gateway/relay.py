@@ -5,7 +5,6 @@ engine that dies before saying anything still becomes a proper status; after tha
 the last event of the stream, or, inside an event, a connection closed without its last chunk.
 """
 
-import asyncio
 import contextlib
 import re
 import time
@@ -24,7 +23,7 @@ from hive.errors import (
 )
 from hive.gateway import problems
 from hive.gateway.traffic import Passage
-from hive.workers.worker import Life
+from hive.workers.worker import EngineOver, Life
 
 EXIT_S = 1.0  # how long a broken answer waits to learn whether the engine's process ended
 WHOLE_BYTES = 8 * 2**20  # an answer of known length up to this is sent in one piece
@@ -53,6 +52,7 @@ _NOT_FORWARDED = _HOP_BY_HOP | {
 }
 # An engine that lost its core reports it in the stream and ends a moment later.
 _ENGINE_ERROR = re.compile(rb'(?:\A|\n)(?:data: \{"error"|event: error)')
+_CALLERS_FAULT = b'"code": 4'  # … but a 4xx found while streaming is the request's own
 SERVER_ERROR = 500
 
 Observer = Callable[[bytes], None]
@@ -75,30 +75,41 @@ class Relay:
         `observe` gets the first piece of a good answer. Raises HiveError while nothing was sent;
         returns a response that has been sent, else. Cancelling closes the engine's connection.
         """
+        downstream = _Downstream(request, passage)
         try:
-            async with life.session.request(
-                request.method,
-                f"http://engine{request.raw_path}",
-                data=body or None,
-                headers=self._forwarded(request, passage),
-                timeout=aiohttp.ClientTimeout(total=None, sock_connect=connect_s),
-                allow_redirects=False,
-            ) as answer:
+            async with (
+                life.until_over(),
+                life.session.request(
+                    request.method,
+                    f"http://engine{request.raw_path}",
+                    data=body or None,
+                    headers=self._forwarded(request, passage),
+                    timeout=aiohttp.ClientTimeout(total=None, sock_connect=connect_s),
+                    allow_redirects=False,
+                ) as answer,
+            ):
                 try:
-                    return await self._pass_on(request, answer, life, passage, observe)
+                    return await self._pass_on(answer, life, downstream, observe)
                 finally:
                     answer.close()  # cancelled or done: an abort is the connection's end
-        except aiohttp.ServerTimeoutError as exc:
-            raise GatewayTimeout(
+        except ClientLeft:
+            raise
+        except aiohttp.ServerTimeoutError:
+            error: HiveError = GatewayTimeout(
                 f"The engine did not accept the connection within {connect_s:g} s.",
                 phase="connect",
                 timeout_seconds=connect_s,
                 model=passage.model,
-            ) from exc
-        except (aiohttp.ClientError, ConnectionError) as exc:
-            if isinstance(exc, ClientLeft):
-                raise
-            raise await self._why_it_broke_off(life, passage, exc) from exc
+            )
+        except HiveError as exc:
+            error = exc
+        except (aiohttp.ClientError, ConnectionError, EngineOver) as exc:
+            error = await self._why_it_broke_off(life, passage, exc)
+        if downstream.response is None:
+            raise error
+        passage.code = error.code
+        await downstream.fail(error)
+        return downstream.response
 
     def _forwarded(self, request: web.Request, passage: Passage) -> CIMultiDict[str]:
         headers = CIMultiDict(
@@ -111,53 +122,31 @@ class Relay:
 
     async def _pass_on(
         self,
-        request: web.Request,
         answer: aiohttp.ClientResponse,
         life: Life,
-        passage: Passage,
+        downstream: "_Downstream",
         observe: Observer | None,
     ) -> web.StreamResponse:
-        first = await answer.content.readany()
+        passage = downstream.passage
+        piece = await answer.content.readany()
         if answer.status >= SERVER_ERROR and (crash := await self._crash(life, passage)):
             raise crash
         if observe and answer.status < 300:  # noqa: PLR2004
-            observe(first)
-        response = web.StreamResponse(
-            status=answer.status, reason=answer.reason, headers=self._returned(answer, passage)
-        )
+            observe(piece)
+        is_stream = answer.content_type == "text/event-stream"
         length = answer.content_length
-        if length is not None and length <= WHOLE_BYTES and not _is_stream(answer):
-            pieces = [first]
-            async for piece in answer.content.iter_any():
-                pieces.append(piece)
-            first = b"".join(pieces)
-        if length is None:
-            with contextlib.suppress(RuntimeError):  # HTTP/1.0 has no chunks: closed at the end
-                response.enable_chunked_encoding()
-        downstream = _Downstream(request, response, passage)
-        await downstream.begin()
-        try:
-            piece = first
-            while piece:
-                if _is_stream(answer) and (found := _ENGINE_ERROR.search(piece)):
-                    await downstream.send(piece[: found.start()])
-                    if crash := await self._crash(life, passage):
-                        passage.code = crash.code
-                        await downstream.fail(crash)
-                        return response
-                    piece = piece[found.start() :]
-                await downstream.send(piece)
-                piece = await answer.content.readany()
-            await downstream.finish()
-        except ClientLeft:
-            raise
-        except (aiohttp.ClientError, ConnectionError) as exc:
-            error = await self._why_it_broke_off(life, passage, exc)
-            passage.code = error.code
-            if _is_stream(answer):
-                await downstream.fail(error)
-            else:
-                downstream.cut()
+        if length is not None and length <= WHOLE_BYTES and not is_stream:
+            piece += await answer.content.read()
+        response = await downstream.begin(answer, self._returned(answer, passage))
+        while piece:
+            if is_stream and (found := _ENGINE_ERROR.search(piece)):
+                await downstream.send(piece[: found.start()])
+                piece = piece[found.start() :]
+                if _CALLERS_FAULT not in piece and (crash := await self._crash(life, passage)):
+                    raise crash
+            await downstream.send(piece)
+            piece = await answer.content.readany()
+        await downstream.finish()
         return response
 
     def _returned(self, answer: aiohttp.ClientResponse, passage: Passage) -> CIMultiDict[str]:
@@ -213,49 +202,53 @@ class ClientLeft(ConnectionError):
 class _Downstream:
     """The client's side of one answer: knows whether the last event was sent whole."""
 
-    def __init__(
-        self, request: web.Request, response: web.StreamResponse, passage: Passage
-    ) -> None:
-        self._request, self._response, self._passage = request, response, passage
+    def __init__(self, request: web.Request, passage: Passage) -> None:
+        self._request = request
+        self.passage = passage
+        self.response: web.StreamResponse | None = None  # None until its head was sent
+        self._is_stream = False
         self._end = b"\n\n"  # the last bytes sent; nothing sent is a whole number of events
 
-    async def begin(self) -> None:
+    async def begin(
+        self, answer: aiohttp.ClientResponse, headers: CIMultiDict[str]
+    ) -> web.StreamResponse:
+        response = web.StreamResponse(status=answer.status, reason=answer.reason, headers=headers)
+        if answer.content_length is None:
+            with contextlib.suppress(RuntimeError):  # HTTP/1.0 has no chunks: closed at the end
+                response.enable_chunked_encoding()
+        self._is_stream = answer.content_type == "text/event-stream"
         try:
-            await self._response.prepare(self._request)
+            await response.prepare(self._request)
         except ConnectionError as exc:
             raise ClientLeft from exc
-        self._passage.status = self._response.status
-        self._passage.first_byte = time.monotonic()
+        self.response = response
+        self.passage.status = response.status
+        self.passage.first_byte = time.monotonic()
+        return response
 
     async def send(self, piece: bytes) -> None:
-        if not piece:
+        if not piece or self.response is None:
             return
+        # Noted before the wait for a slow client, which an engine's end may interrupt.
+        self.passage.bytes_out += len(piece)
+        self._end = (self._end + piece[-4:])[-4:]
         try:
-            await self._response.write(piece)
+            await self.response.write(piece)
         except ConnectionError as exc:
             raise ClientLeft from exc
-        self._passage.bytes_out += len(piece)
-        self._end = (self._end + piece[-4:])[-4:]
 
     async def finish(self) -> None:
+        assert self.response is not None
         try:
-            await self._response.write_eof()
+            await self.response.write_eof()
         except ConnectionError as exc:
             raise ClientLeft from exc
 
     async def fail(self, error: HiveError) -> None:
-        """The error as the last event; inside an event only a cut tells the client."""
-        if self._end.endswith((b"\n\n", b"\r\n\r\n")):
-            await self.send(problems.event(error, self._passage.request_id))
+        """The error as the last event; inside an event, or without events, only a cut tells."""
+        if self._is_stream and self._end.endswith((b"\n\n", b"\r\n\r\n")):
+            await self.send(problems.event(error, self.passage.request_id))
             await self.finish()
-        else:
-            self.cut()
-
-    def cut(self) -> None:
-        """Close without the last chunk or the rest of the length: visibly incomplete."""
-        if self._request.transport is not None:
+        elif self._request.transport is not None:
+            # Without the last chunk or the rest of the length: visibly incomplete.
             self._request.transport.close()
-
-
-def _is_stream(answer: aiohttp.ClientResponse) -> bool:
-    return answer.content_type == "text/event-stream"

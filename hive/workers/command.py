@@ -28,7 +28,7 @@ def engine_environment(
 
 
 async def probe_as(kind: str, client: EngineClient, health_path: str) -> None:
-    """The smallest piece of work of a kind: completion, chat, embedding or health."""
+    """The smallest piece of a kind of work (completion, chat, embedding, classify, pooling, health)."""
     model = client.model
     if kind == "completion":
         await client.must(
@@ -41,6 +41,8 @@ async def probe_as(kind: str, client: EngineClient, health_path: str) -> None:
         )
     elif kind == "embedding":
         await client.must("POST", "/v1/embeddings", {"model": model, "input": "a"})
+    elif kind in ("classify", "pooling"):
+        await client.must("POST", f"/{kind}", {"model": model, "input": "a"})
     else:
         await client.must("GET", health_path)
 

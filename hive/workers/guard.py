@@ -7,8 +7,8 @@ when the socket closes because hive died. hive itself uses the same functions fo
 guard was killed.
 
 Protocol, one JSON object a line. hive sends the launch first, then {"do": "end", "grace_s": 5}.
-The guard reports started {pid, start}, spawn_failed {error}, exited {code | signal}, survived
-{members}, and gone {how, killed, removed}.
+The guard reports started {pid, start}, spawn_failed {error}, exited {code | signal}, member_lost
+{pid, name}, survived {members}, and gone {how, killed, removed}.
 """
 
 import contextlib
@@ -23,6 +23,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -30,6 +31,7 @@ PR_SET_PDEATHSIG = 1
 PR_SET_NAME = 15
 PR_SET_CHILD_SUBREAPER = 36
 SHM = "/dev/shm/"  # noqa: S108 (the kernel's place for POSIX shared memory, not a temporary file)
+TRACKER_S = 1.0  # what Python's resource tracker gets after KILL to remove shared memory
 KILL_S = 5.0  # a process that is still there this long after SIGKILL survived it
 HEADER = "=== hive: engine started "  # the line in the log that begins each start
 TICK_S = 1.0  # how often the tree's members and shared memory are recorded
@@ -125,6 +127,23 @@ def ask_to_end(process: Process) -> None:
     send_signal(process, signal.SIGTERM)
     # A stopped process acts on TERM only when it runs again.
     send_signal(process, signal.SIGCONT)
+
+
+def is_resource_tracker(pid: int) -> bool:
+    """Python's multiprocessing tracker: it ignores TERM, and ends once it has nobody to track."""
+    try:
+        return b"multiprocessing.resource_tracker" in Path(f"/proc/{pid}/cmdline").read_bytes()
+    except OSError:
+        return False
+
+
+def kill(process: Process, seconds_late: float) -> bool:
+    """SIGKILL, but to a resource tracker only after TRACKER_S: it alone knows some names in
+    /dev/shm (semaphores that nobody maps), and removes them when the others are gone."""
+    if seconds_late < TRACKER_S and is_resource_tracker(process.pid):
+        return False
+    send_signal(process, signal.SIGKILL)
+    return True
 
 
 def describe(process: Process) -> dict[str, Any]:
@@ -226,6 +245,7 @@ class Guard:
         self.asked: set[tuple[int, int]] = set()  # (pid, start) that got TERM
         self.killed: set[tuple[int, int]] = set()
         self.told_survivors = False
+        self.watched: dict[int, tuple[int, str]] = {}  # pid -> pidfd and name of other members
 
     def run(self) -> int:
         wakeup_r, wakeup_w = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
@@ -244,7 +264,8 @@ class Guard:
             # Looking reads all of /proc, so a flood of output must not make it happen more often.
             if news or now >= next_look:
                 if self.ends_at is None:
-                    self.record.update(descendants(os.getpid()))
+                    self._watch(members := descendants(os.getpid()))
+                    self.record.update(members)
                 elif self._advance_end(now):
                     return 0
                 idle = self.ends_at is None or self.told_survivors
@@ -295,6 +316,27 @@ class Guard:
         self.log.write(f"{HEADER}{now} pid {self.leader.pid}\n".encode())
         self._tell("started", pid=self.leader.pid, start=process.start if process else 0)
         return True
+
+    def _watch(self, members: list[Process]) -> None:
+        """Notice the end of members that the engine cannot live without, by name (`vital`).
+
+        vLLM's API server lives on for seconds after its core died; an exit alone would tell late.
+        """
+        vital = tuple(self.launch["vital"])
+        for process in members:
+            if not process.name.startswith(vital) or process.pid in self.watched:
+                continue
+            with contextlib.suppress(OSError):
+                fd = os.pidfd_open(process.pid)
+                self.watched[process.pid] = (fd, process.name)
+                self.selector.register(fd, selectors.EVENT_READ, partial(self._lost, process.pid))
+
+    def _lost(self, pid: int) -> None:
+        fd, name = self.watched[pid]
+        self.selector.unregister(fd)
+        os.close(fd)
+        if self.ends_at is None:
+            self._tell("member_lost", pid=pid, name=name)
 
     def _tell(self, event: str, **facts: Any) -> None:
         if not self.is_orphan:
@@ -371,8 +413,8 @@ class Guard:
             if process.state == "Z":
                 continue
             if now >= self.ends_at:
-                self.killed.add(identity)
-                send_signal(process, signal.SIGKILL)
+                if kill(process, now - self.ends_at):
+                    self.killed.add(identity)
             elif identity not in self.asked:
                 self.asked.add(identity)
                 ask_to_end(process)

@@ -36,10 +36,14 @@ ANSWER_S = 2.0  # what the guard may need beyond the grace and the kill before h
 
 @dataclass(frozen=True, slots=True)
 class Launch:
-    """What to start: arguments, and the whole environment."""
+    """What to start: arguments, the whole environment, and which members it cannot live without.
+
+    `vital` are beginnings of process names (/proc/PID/comm, 15 characters).
+    """
 
     argv: Sequence[str]
     env: Mapping[str, str]
+    vital: Sequence[str] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,16 +75,21 @@ class Exit:
     code: int | None = None
     signal: int | None = None
     guard_lost: bool = False
+    member: str | None = None  # a vital member ended while the first process lived on
 
     @property
     def cause(self) -> str:
         if self.guard_lost:
             return "guard_lost"
+        if self.member is not None:
+            return "member_lost"
         return "signal" if self.signal is not None else "exit"
 
     def __str__(self) -> str:
         if self.guard_lost:
             return "its guard was killed"
+        if self.member is not None:
+            return f"its process {self.member} ended"
         if self.signal is not None:
             try:
                 return f"signal {signal.Signals(self.signal).name}"
@@ -100,6 +109,8 @@ class Gone:
 
 class Tree(asyncio.Protocol):
     """One tree. `started`, `exited` and `gone` are futures; `end` may be called any number of times.
+
+    `exited` resolves when the engine is no more: its first process or a vital member ended.
 
     `survivors` is not empty while members outlive SIGKILL; `gone` then resolves when they go.
     """
@@ -156,6 +167,7 @@ class Tree(asyncio.Protocol):
         tree._send(
             argv=list(launch.argv),
             env=dict(launch.env),
+            vital=list(launch.vital),
             cwd=str(place.cwd),
             home=str(place.home),
             record=str(place.record),
@@ -223,6 +235,8 @@ class Tree(asyncio.Protocol):
                 self._report = Gone("exit", 0, ())
             case {"event": "exited"}:
                 _resolve(self.exited, Exit(code=news.get("code"), signal=news.get("signal")))
+            case {"event": "member_lost", "pid": pid, "name": name}:
+                _resolve(self.exited, Exit(member=f"{name} (pid {pid})"))
             case {"event": "survived", "members": members}:
                 _resolve(self.survived, members)
             case {"event": "gone", "how": how, "killed": killed, "removed": removed}:
@@ -287,8 +301,8 @@ class Tree(asyncio.Protocol):
                 if process.state == "Z":
                     _reap(process)
                 elif now >= term_until:
-                    killed.add(process.pid)
-                    guard.send_signal(process, signal.SIGKILL)
+                    if guard.kill(process, now - term_until):
+                        killed.add(process.pid)
                 elif process.pid not in asked:
                     asked.add(process.pid)
                     guard.ask_to_end(process)

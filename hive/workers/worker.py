@@ -8,7 +8,7 @@ import asyncio
 import contextlib
 import random
 import time
-from collections.abc import Callable, Coroutine, Iterator
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -52,6 +52,10 @@ class WorkerPlan:
     log: Path
 
 
+class EngineOver(Exception):  # noqa: N818 (news, not an error)
+    """The engine ended, or is being ended, while it was needed."""
+
+
 class Life:
     """One start of a worker, from before the process to after the last member's end."""
 
@@ -74,10 +78,31 @@ class Life:
         # Resolved when the engine's end has been heard *and* the worker's state says so.
         self.over: asyncio.Future[Exit] = asyncio.get_running_loop().create_future()
         self.was_asked = False  # hive ended it; it did not end by itself
+        self._limits: set[asyncio.Timeout] = set()
 
     async def close(self) -> None:
+        """Interrupt every request (`until_over`), and close the connections."""
+        now = asyncio.get_running_loop().time()
+        for limit in self._limits:
+            limit.reschedule(now)
+        await asyncio.sleep(0)  # they run first: a closed connection would tell them less
         await self.client.close()
         await self.session.close()
+
+    @contextlib.asynccontextmanager
+    async def until_over(self) -> AsyncIterator[None]:
+        """Do something with this engine; raises EngineOver at once when the engine's end comes."""
+        limit = asyncio.timeout(None)
+        self._limits.add(limit)
+        try:
+            async with limit:
+                yield
+        except TimeoutError as exc:
+            if limit.expired():
+                raise EngineOver from exc
+            raise
+        finally:
+            self._limits.discard(limit)
 
     async def over_within(self, seconds: float) -> Exit | None:
         """How the engine ended, if it ends within `seconds`."""
@@ -371,10 +396,16 @@ class Worker:
             # A start that was interrupted ends what it began before it is done.
             await asyncio.wait([previous])
         life = self.life
+        if life:
+            # Before the engine hears of it: asked to end, vLLM finishes its streams as if they
+            # were complete. Closed here, each request learns that it was cut off, and why.
+            life.was_asked = not life.over.done()
+            if life.was_asked:
+                life.over.set_result(Exit())
+            await life.close()
         if life and life.tree:
             began = time.monotonic()
             grace_s = self.plan.timeouts.cleanup_s
-            life.was_asked = not life.tree.exited.done()
             ending = asyncio.ensure_future(life.tree.end(grace_s))
             either: set[asyncio.Future[Any]] = {ending, life.tree.survived}
             await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
@@ -388,11 +419,7 @@ class Worker:
             self._announcer.announce(
                 WorkerEnded(self.id, self.model, gone.how, time.monotonic() - began, gone.killed)
             )
-        if life:
-            if not life.over.done():
-                life.over.set_result(Exit())
-            await life.close()
-            self.life = None
+        self.life = None
         self._decide_what_follows()
 
     def _decide_what_follows(self) -> None:
@@ -437,7 +464,6 @@ class Worker:
         assert life is not None
         assert life.tree is not None
         await asyncio.shield(life.tree.gone)
-        await life.close()
         self._wanted_up = False
         self._report(News.GONE, life, "the process that had survived SIGKILL is gone")
 
