@@ -1,0 +1,52 @@
+# Everything a newcomer runs. `make demo` and `make test` set up what they need.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+DEMO := .demo
+
+.PHONY: demo test check docs engine model bench soak test-gpu clean
+
+$(STAMP): pyproject.toml constraints.txt
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "hive needs Python 3.11 or newer; set PYTHON=")'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	touch $@
+
+# The real engine in an environment of its own, kept outside the checkout and used by every clone.
+engine: $(STAMP)
+	$(BIN)/hive engine install cpu
+
+model: engine
+	test -f $(DEMO)/tiny/config.json || $(BIN)/hive model make-tiny $(DEMO)/tiny
+
+# The main job: a real vLLM on the CPU, an OpenAI client, a streamed answer, and nothing left.
+demo: model
+	$(BIN)/python examples/demo.py $(DEMO)
+
+test: check model
+	$(BIN)/python -m pytest
+
+check: $(STAMP)
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+# What is generated from the code: errors, settings, endpoints, metrics, commands, requirements.
+docs: $(STAMP)
+	$(BIN)/python docs/generate.py
+
+bench: $(STAMP)
+	$(BIN)/python -m benchmarks
+
+# Many times over what `make test` does once; minutes, bounded, with a printed seed.
+soak: model
+	$(BIN)/python -m pytest steps tests --soak
+
+test-gpu: $(STAMP)
+	$(BIN)/python -m pytest -m gpu
+
+clean:
+	rm -rf $(VENV) $(DEMO) build *.egg-info

@@ -1,0 +1,26 @@
+"""Waiting for something to become true, with a deadline: the only place where tests wait."""
+
+import threading
+import time
+from collections.abc import Callable
+
+LOOK_S = 0.01
+
+
+def until(is_so: Callable[[], object], seconds: float) -> bool:
+    """Whether `is_so()` became true within `seconds`."""
+    deadline = time.monotonic() + seconds
+    pause = threading.Event()
+    while True:
+        if is_so():
+            return True
+        if time.monotonic() > deadline:
+            return False
+        pause.wait(LOOK_S)
+
+
+def must(is_so: Callable[[], object], seconds: float, what: str | Callable[[], str]) -> None:
+    """Fail the test, saying `what` did not happen."""
+    if not until(is_so, seconds):
+        said = what if isinstance(what, str) else what()
+        raise AssertionError(f"not within {seconds:g} s: {said}")
