@@ -3,4 +3,5 @@
 pytest_plugins = [
     "steps.leaks",
     "steps.driver",
+    "steps.real",
 ]

@@ -143,6 +143,13 @@ class Stream:
         return b"".join(self.pieces)
 
     @property
+    def answer(self) -> Answer:
+        """The whole answer, once it has ended."""
+        self.wait_for_end()
+        assert self.ended_at is not None
+        return Answer(self.status or 0, self.headers, self.body, self.ended_at - self.began)
+
+    @property
     def events(self) -> list[str]:
         """The data of each whole event."""
         found = []
@@ -184,6 +191,12 @@ class Stream:
         self._thread.join()
         self._connection.close()
 
+    @property
+    def ids(self) -> list[str]:
+        """The id of each event."""
+        lines = self.body.decode(errors="replace").splitlines()
+        return [line[4:] for line in lines if line.startswith("id: ")]
+
     def leave(self) -> None:
         """Close the connection, as a client that has gone."""
         with contextlib.suppress(OSError):
@@ -218,7 +231,7 @@ class Hive:
         self.process: subprocess.Popen[bytes] | None = None
         self.port = 0
         self._descriptors: int | None = None
-        self.must_not_be_clean = False  # a scenario that kills hive sees leftovers of directories
+        self._log_before = 0  # bytes that earlier lives wrote into the log
 
     # ── configuration ───────────────────────────────────────────────────────────────────────────
 
@@ -251,8 +264,9 @@ class Hive:
         for key in self.keys:
             lines += ["[[auth.keys]]", *(f"{k} = {_toml(v)}" for k, v in key.items())]
         for name, model in self.models.items():
-            fields = {"engine": "command", "device": "cpu", "running": "vllm", **model.extra}
+            fields = {"engine": "command", "device": "cpu", **model.extra}
             if fields["engine"] == "command" and "command" not in fields:
+                fields.setdefault("running", "vllm")
                 control = str(self.control(name))
                 fields["command"] = engine_command(
                     "--uds", "{socket}", "--model", "{model}", "--control", control,
@@ -272,6 +286,7 @@ class Hive:
     def launch(self) -> None:
         """Start the daemon and return at once."""
         self.write_config()
+        self._log_before = len(self.log_text)
         with (self.home / "hive.log").open("ab") as out:
             self.process = subprocess.Popen(
                 [*HIVE, "serve", "--config", str(self.config)],
@@ -286,6 +301,9 @@ class Hive:
     def start(self, *, is_ready: bool = True, within_s: float = START_S) -> None:
         """Start the daemon; return when it listens, and when every model can serve."""
         self.launch()
+        self.start_was_launched(within_s, is_ready=is_ready)
+
+    def start_was_launched(self, within_s: float, *, is_ready: bool = True) -> None:
         must(self._find_port, within_s, lambda: f"listening; its log:\n{self.log_text}")
         if is_ready:
             self.wait_ready(within_s)
@@ -294,11 +312,16 @@ class Hive:
     def _find_port(self) -> bool:
         if self.process is not None and self.process.poll() is not None:
             raise AssertionError(f"hive ended with {self.process.returncode}:\n{self.log_text}")
-        for line in self.log:
+        for line in _json_lines(self.log_text[self._log_before :]):
             if line.get("event") == "daemon" and line.get("state") == "listening":
                 self.port = int(line["detail"].rpartition(":")[2])
                 return True
         return False
+
+    def serve_to_the_end(self, within_s: float = 30) -> Ran:
+        """`hive serve` where it is expected to end by itself."""
+        self.write_config()
+        return run_hive("serve", "--config", str(self.config), env=self.env, within_s=within_s)
 
     def wait_ready(self, within_s: float = START_S) -> None:
         def all_ready() -> bool:
@@ -371,11 +394,7 @@ class Hive:
 
     @property
     def log(self) -> list[dict[str, Any]]:
-        lines = []
-        for line in self.log_text.splitlines():
-            with contextlib.suppress(ValueError):
-                lines.append(json.loads(line))
-        return lines
+        return _json_lines(self.log_text)
 
     def logged(self, event: str, **facts: object) -> list[dict[str, Any]]:
         """Log lines of an event with these facts."""
@@ -408,11 +427,24 @@ class Hive:
         finally:
             connection.close()
 
-    def stream(self, path: str, body: Any, headers: Mapping[str, str] | None = None) -> Stream:
+    def stream(
+        self,
+        path: str,
+        body: Any = None,
+        headers: Mapping[str, str] | None = None,
+        method: str = "POST",
+    ) -> Stream:
+        """One request whose answer is read in a thread as it arrives."""
         connection = self.connect()
         began = time.monotonic()
-        connection.request("POST", path, _encoded(body), self._headers(body, headers))
+        connection.request(method, path, _encoded(body), self._headers(body, headers))
         return Stream(connection, began)
+
+    def send_raw(self, data: bytes) -> socket.socket:
+        """A connection on which these bytes were sent; the caller closes it."""
+        sock = socket.create_connection(("127.0.0.1", self.port), 30)
+        sock.sendall(data)
+        return sock
 
     def _headers(self, body: Any, headers: Mapping[str, str] | None) -> dict[str, str]:
         found = {"Content-Type": "application/json"} if body is not None else {}
@@ -462,6 +494,9 @@ class Hive:
                 return float(value)
         return 0.0
 
+    def double(self, name: str = "m") -> "Double":
+        return Double(self.control(name))
+
     def tree(self, worker_id: str = "m-0") -> list[guard.Process]:
         """The guard of a worker and every process below it."""
         guard_pid = self.worker(worker_id)["guard_pid"]
@@ -499,6 +534,33 @@ class Double:
 
     def set(self, **knobs: Any) -> None:
         self.ask("POST", "/double/knobs", knobs)
+
+    def die(self, how: str) -> None:
+        """Have it die; its answer to that may be lost with it."""
+        with contextlib.suppress(OSError, http.client.HTTPException, ValueError):
+            self.ask("POST", "/double/die", {"how": how})
+
+    def wait_running(self, count: int, seconds: float = 10) -> None:
+        """Until it generates for `count` requests, and nobody waits."""
+
+        def is_so() -> bool:
+            state = self.state
+            return bool(state["running"] == count and state["waiting"] == 0)
+
+        must(is_so, seconds, lambda: f"{count} running in the engine; it has {self.state}")
+
+
+def journal(path: Path) -> list[dict[str, Any]]:
+    """What the double wrote down: a line for each start and each request."""
+    return _json_lines(path.read_text()) if path.exists() else []
+
+
+def _json_lines(text: str) -> list[dict[str, Any]]:
+    lines = []
+    for line in text.splitlines():
+        with contextlib.suppress(ValueError):
+            lines.append(json.loads(line))
+    return lines
 
 
 def chat_body(model: str = "m", tag: str = "x", **fields: Any) -> dict[str, Any]:

@@ -9,6 +9,7 @@ from hive import errors
 from hive.errors import HiveError, every_error
 from hive.gateway import problems
 
+ALL = list(every_error())
 COMMON = {"suggested_action", "retryable", "request_id", "timestamp", "http_status"}
 
 
@@ -18,7 +19,7 @@ def made(cls: type[HiveError], **facts: object) -> HiveError:
     return cls(**facts)
 
 
-@pytest.mark.parametrize("cls", every_error(), ids=lambda cls: cls.code)
+@pytest.mark.parametrize("cls", ALL, ids=lambda cls: cls.code)
 def test_every_error_has_the_contracts_body(cls: type[HiveError]) -> None:
     """Code, message and advice, in the shape that OpenAI's clients parse (R027-R029, R043)."""
     error = made(cls)
@@ -38,7 +39,7 @@ def test_every_error_has_the_contracts_body(cls: type[HiveError]) -> None:
     json.dumps(body)
 
 
-@pytest.mark.parametrize("cls", every_error(), ids=lambda cls: cls.code)
+@pytest.mark.parametrize("cls", ALL, ids=lambda cls: cls.code)
 def test_a_clients_library_is_told_whether_to_try_again(cls: type[HiveError]) -> None:
     """By the flag, not by the status (R044, R045)."""
     error = made(cls)
@@ -60,7 +61,7 @@ def test_the_header_and_the_body_name_the_same_delay() -> None:
     assert problems.body(error)["error"]["details"]["reason"] == "loading"
 
 
-@pytest.mark.parametrize("cls", every_error(), ids=lambda cls: cls.code)
+@pytest.mark.parametrize("cls", ALL, ids=lambda cls: cls.code)
 def test_without_a_hint_there_is_no_delay_anywhere(cls: type[HiveError]) -> None:
     """(R030)"""
     error = made(cls)

@@ -1,0 +1,76 @@
+"""One hive with the real vLLM on the CPU, started once and used by every @engine test."""
+
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from hive.workers import guard
+from hive.workers.environment import managed_python
+from steps import leaks
+from steps.driver import ROOT, Hive, run_hive
+from steps.waiting import until
+
+START_S = 180.0
+ARGS = [
+    "--enforce-eager",
+    "--max-model-len=4096",
+    "--enable-auto-tool-choice",
+    "--tool-call-parser=hermes",
+    # A random model writes white space for ever where a JSON grammar lets it.
+    '--structured-outputs-config={"backend":"xgrammar","disable_any_whitespace":true}',
+]
+
+
+def tiny_model() -> Path:
+    """The random-weight model that `make model` makes; made here if it is not there."""
+    path = ROOT / ".demo" / "tiny"
+    if not (path / "config.json").exists():
+        made = run_hive("model", "make-tiny", str(path), within_s=120)
+        assert made.code == 0, made.err
+    return path
+
+
+@pytest.fixture(scope="session")
+def real_hive() -> Iterator[Hive]:
+    """hive serving model "m" by the real engine; what it leaves at its end fails the session."""
+    if managed_python() is None:
+        pytest.skip("no engine environment: run 'hive engine install cpu' (make test does)")
+    shm_before = set(os.listdir(guard.SHM))
+    home = Path(tempfile.mkdtemp(prefix="hv", dir="/tmp"))
+    hive = Hive(home)
+    hive.sections["server"] = {"drain_s": 5}
+    hive.sections["timeouts"] = {"load_s": 170}
+    hive.sections["restarts"] = {"backoff_s": 0.1, "starts": 20}
+    hive.model(
+        "m",
+        engine="vllm",
+        path=str(tiny_model()),
+        args=ARGS,
+        env={"VLLM_ENABLE_RESPONSES_API_STORE": "1"},
+    )
+    try:
+        hive.launch()
+        assert hive.process is not None
+        leaks.shared_pids.add(hive.process.pid)
+        hive.start_was_launched(START_S)
+        yield hive
+        hive.stop()
+        left = []
+
+        def is_clean() -> bool:
+            nonlocal left
+            left = [
+                n for n in set(os.listdir(guard.SHM)) - shm_before if n.startswith(("psm_", "sem."))
+            ]
+            return not left
+
+        assert until(is_clean, 5), f"the real engine left shared memory: {left}"
+    finally:
+        if hive.process is not None and hive.process.poll() is None:
+            hive.process.kill()
+            hive.process.wait()
+        shutil.rmtree(home, ignore_errors=True)
