@@ -128,7 +128,7 @@ def _not_as_needed(finding: str) -> ValidationFailed:
         return ValidationFailed(
             "The request does not name a model: 'model' is missing.", param="model"
         )
-    expected, _, got = finding.partition(", got ")
+    _, _, got = finding.partition(", got ")
     got = got.partition(" - at ")[0]
     if "$.model" in finding:
         return ValidationFailed(f"'model' must be a string, not {got.strip('`')}.", param="model")

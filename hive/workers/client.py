@@ -10,7 +10,7 @@ HEALTH_S = 2.0  # an engine that is up answers its health check at once
 PROBE_S = 60.0  # a first token may still compile kernels
 
 
-class ProbeFailed(Exception):  # noqa: N818 (a finding, not an error to show)
+class ProbeFailed(Exception):
     """The engine is not ready: what it answered, in one line."""
 
 

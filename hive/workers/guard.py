@@ -293,7 +293,7 @@ class Guard:
         try:
             # PDEATHSIG counts from the forking *thread*'s end, so this must be the main thread;
             # and the guard has no other, so a function between fork and exec is safe.
-            self.leader = subprocess.Popen(  # noqa: PLW1509
+            self.leader = subprocess.Popen(
                 self.launch["argv"],
                 env=self.launch["env"],
                 cwd=self.launch["cwd"],
@@ -301,7 +301,7 @@ class Guard:
                 stdout=out_w,
                 stderr=out_w,
                 start_new_session=True,
-                preexec_fn=die_with_the_guard,
+                preexec_fn=die_with_the_guard,  # noqa: PLW1509 (see above)
             )
         except OSError as exc:
             self._tell("spawn_failed", error=exc.strerror or str(exc), file=exc.filename)

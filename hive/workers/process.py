@@ -144,7 +144,7 @@ class Tree(asyncio.Protocol):
         try:
             with theirs:
                 command = [sys.executable, "-I", "-S", guard.__file__, str(theirs.fileno())]
-                tree._guard = subprocess.Popen(
+                tree._guard = subprocess.Popen(  # noqa: ASYNC220 (a millisecond; watched by pidfd)
                     command,
                     pass_fds=[theirs.fileno()],
                     start_new_session=True,
@@ -219,7 +219,7 @@ class Tree(asyncio.Protocol):
         for line in lines:
             self._hear(json.loads(line))
 
-    def connection_lost(self, exc: Exception | None) -> None:
+    def connection_lost(self, _exc: Exception | None) -> None:
         self._transport = None
 
     def _hear(self, news: dict[str, Any]) -> None:

@@ -52,7 +52,7 @@ class WorkerPlan:
     log: Path
 
 
-class EngineOver(Exception):  # noqa: N818 (news, not an error)
+class EngineOver(Exception):
     """The engine ended, or is being ended, while it was needed."""
 
 
