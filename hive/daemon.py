@@ -39,6 +39,7 @@ async def serve(settings: Settings) -> None:
     Raises the worst HiveError of the preflight before anything is started (R016, R017, C8), and
     AddressInUse when the port is taken.
     """
+    stop_asked = stop_signals()
     preflight.prepare_directories(settings)
     with only_daemon(settings):
         findings, uuids = await asyncio.to_thread(preflight.check, settings)
@@ -59,7 +60,6 @@ async def serve(settings: Settings) -> None:
             listening(gateway, settings, announcer),
             fleet.running(),
         ):
-            stop_asked = await stop_signals()
             await fleet.start()
             gc.collect()
             gc.freeze()  # what exists now lives as long as hive: never look at it again
@@ -81,7 +81,7 @@ class StopAsked:
         (self.second if self.first.is_set() else self.first).set()
 
 
-async def stop_signals() -> StopAsked:
+def stop_signals() -> StopAsked:
     asked = StopAsked()
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):

@@ -79,7 +79,10 @@ class Fleet:
             try:
                 yield
             finally:
-                await self.stop(drain=False)
+                # A worker's task that failed has cancelled the others, each of which ends its
+                # own tree; then nobody is left to take a request to stop.
+                if not any(task.done() for task in running):
+                    await self.stop(drain=False)
                 for task in running:
                     task.cancel()
 

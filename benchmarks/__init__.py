@@ -1,0 +1,1 @@
+"""Measured claims, each beside something measured in the same run."""

@@ -1,0 +1,169 @@
+"""Clients of the real engine, and what they see when it dies."""
+
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import anthropic
+import openai
+import pytest
+from pytest_bdd import given, parsers, then, when
+
+from hive.workers import guard
+from steps.driver import Hive
+from steps.waiting import must
+
+SAY: Any = [{"role": "user", "content": "hello"}]
+LONG: Any = {"ignore_eos": True}
+BACK_S = 170
+
+
+@dataclass
+class Reader:
+    """One client in a thread: what it read, how it ended, and what readiness was then."""
+
+    hive: Hive
+    read: Callable[["Reader"], None]
+    is_wanted: bool = True
+    pieces: int = 0
+    error: Exception | None = None
+    ended_at: float | None = None
+    readiness: int | None = None
+    thread: threading.Thread = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.thread = threading.Thread(target=self._run, daemon=True)
+        self.thread.start()
+
+    def _run(self) -> None:
+        try:
+            self.read(self)
+        except (openai.APIError, anthropic.APIError) as exc:
+            self.error = exc
+        self.ended_at = time.monotonic()
+        self.readiness = self.hive.readiness().status
+
+    @property
+    def code(self) -> str | None:
+        body: Any = getattr(self.error, "body", None)
+        if isinstance(body, dict):
+            found = body.get("error", body)
+            return found.get("code") if isinstance(found, dict) else None
+        return None
+
+
+@dataclass
+class OldEngine:
+    """What a worker's engine consisted of before its death."""
+
+    processes: list[guard.Process]
+    shm: set[str]
+    home: Path
+
+
+# Each asks again when an answer was complete: one of them must be under way at the kill.
+
+
+def _openai_stream(reader: Reader) -> None:
+    with openai.OpenAI(base_url=f"{reader.hive.url}/v1", api_key="x", max_retries=0) as client:
+        while reader.is_wanted:
+            for _ in client.chat.completions.create(
+                model="m", messages=SAY, max_tokens=3900, stream=True, extra_body=LONG
+            ):
+                reader.pieces += 1
+
+
+def _anthropic_stream(reader: Reader) -> None:
+    greedy: Any = {"temperature": 0}  # this API cannot forbid an early end
+    ask: Any = [{"role": "user", "content": "why"}]
+    with anthropic.Anthropic(base_url=reader.hive.url, api_key="x", max_retries=0) as client:
+        while reader.is_wanted:
+            for _ in client.messages.create(
+                model="m", messages=ask, max_tokens=3900, stream=True, extra_body=greedy
+            ):
+                reader.pieces += 1
+
+
+def _openai_plain(reader: Reader) -> None:
+    with openai.OpenAI(base_url=f"{reader.hive.url}/v1", api_key="x", max_retries=0) as client:
+        while reader.is_wanted:
+            client.completions.create(model="m", prompt="once", max_tokens=3900, extra_body=LONG)
+
+
+@given("the real engine is serving", target_fixture="served")
+def _serving(real_hive: Hive) -> Hive:
+    real_hive.wait_state("READY", within_s=BACK_S)
+    return real_hive
+
+
+@given(
+    "clients of both SDKs are reading long answers, and one waits for a whole answer",
+    target_fixture="readers",
+)
+def _reading(served: Hive) -> Iterator[list[Reader]]:
+    readers = [Reader(served, read) for read in (_openai_stream, _anthropic_stream, _openai_plain)]
+    must(
+        lambda: all(r.pieces > 5 for r in readers[:2]),
+        60,
+        lambda: f"both streams are being read: {readers}",
+    )
+    yield readers
+    for reader in readers:
+        reader.is_wanted = False
+    for reader in readers:
+        reader.thread.join(60)
+
+
+@pytest.fixture
+def killed_at() -> list[float]:
+    return []
+
+
+@when(parsers.parse("the engine's {victim} is killed"), target_fixture="old_engine")
+def _kill(served: Hive, victim: str, killed_at: list[float], readers: list[Reader]) -> OldEngine:
+    worker = served.worker()
+    processes = served.tree()
+    (home,) = (served.runtime / "w").iterdir()
+    shm = {name for p in processes for name in guard.shared_memory(p.pid)}
+    shm |= {name for name in os.listdir(guard.SHM) if name.startswith("sem.mp-")}
+    core = next(p.pid for p in processes if p.name.startswith("VLLM::EngineCor"))
+    pid = {"API server": worker["pid"], "EngineCore": core, "guard": worker["guard_pid"]}[victim]
+    must(lambda: served.worker()["in_flight"] == len(readers), 10, f"all in flight: {readers}")
+    killed_at.append(time.monotonic())
+    os.kill(pid, signal.SIGKILL)
+    return OldEngine(processes, shm, home)
+
+
+@then(parsers.parse('every client has a proper exception "{code}" within {seconds:g} seconds'))
+def _told(readers: list[Reader], code: str, seconds: float, killed_at: list[float]) -> None:
+    must(lambda: all(r.ended_at for r in readers), 30, "every client's end")
+    assert [r.code for r in readers] == [code] * len(readers), [repr(r.error) for r in readers]
+    late = [(r.ended_at or 0) - killed_at[0] for r in readers]
+    assert max(late) < seconds, late
+
+
+@then("readiness was already denied when they saw it")
+def _denied(readers: list[Reader]) -> None:
+    for reader in readers:
+        reader.thread.join(10)
+    assert [r.readiness for r in readers] == [503] * len(readers)
+
+
+@then("the worker is ready again by itself")
+def _heals(served: Hive) -> None:
+    served.wait_state("READY", within_s=BACK_S)
+
+
+@then("no process, socket or shared memory of the old engine remains")
+def _nothing(old_engine: OldEngine) -> None:
+    alive = [
+        p for p in old_engine.processes if (now := guard.look_at(p.pid)) and now.start == p.start
+    ]
+    assert alive == []
+    assert not old_engine.home.exists()
+    assert old_engine.shm & set(os.listdir(guard.SHM)) == set()
