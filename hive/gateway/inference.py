@@ -49,8 +49,9 @@ class Inference:
         async with self._intake.receive(request) as body:
             passage.bytes_in = len(body)
             name = self._model_of(request, body)
+            self._fleet.of_model(name)  # only configured names become a label
+            passage.model = name
             worker = self._fleet.choose(name)
-            passage.model = worker.model
             return await self._ask(request, body, worker, passage)
 
     async def stored_response(self, request: web.Request) -> web.StreamResponse:

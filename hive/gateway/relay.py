@@ -52,6 +52,7 @@ _NOT_FORWARDED = _HOP_BY_HOP | {
 }
 # An engine that lost its core reports it in the stream and ends a moment later.
 _ENGINE_ERROR = re.compile(rb'(?:\A|\n)(?:data: \{"error"|event: error)')
+_CORE_IS_DEAD = re.compile(rb"EngineCore|EngineDead")  # vLLM's own words in its last 500
 _CALLERS_FAULT = b'"code": 4'  # … but a 4xx found while streaming is the request's own
 SERVER_ERROR = 500
 
@@ -129,8 +130,9 @@ class Relay:
     ) -> web.StreamResponse:
         passage = downstream.passage
         piece = await answer.content.readany()
-        if answer.status >= SERVER_ERROR and (crash := await self._crash(life, passage)):
-            raise crash
+        if answer.status == SERVER_ERROR and _CORE_IS_DEAD.search(piece):
+            if crash := await self._crash(life, passage):
+                raise crash
         if observe and answer.status < 300:  # noqa: PLR2004
             observe(piece)
         is_stream = answer.content_type == "text/event-stream"

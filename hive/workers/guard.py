@@ -14,6 +14,7 @@ The guard reports started {pid, start}, spawn_failed {error}, exited {code | sig
 import contextlib
 import ctypes
 import json
+import math
 import os
 import selectors
 import shutil
@@ -34,6 +35,8 @@ SHM = "/dev/shm/"  # noqa: S108 (the kernel's place for POSIX shared memory, not
 TRACKER_S = 1.0  # what Python's resource tracker gets after KILL to remove shared memory
 KILL_S = 5.0  # a process that is still there this long after SIGKILL survived it
 HEADER = "=== hive: engine started "  # the line in the log that begins each start
+SOON_S = 0.03  # from a new name in /dev/shm to the look at who maps it
+IN_CREATE = 0x100
 TICK_S = 1.0  # how often the tree's members and shared memory are recorded
 ENDING_TICK_S = 0.02  # how often an ending tree is looked at
 
@@ -53,6 +56,18 @@ def prctl(option: int, value: int) -> None:
     libc = ctypes.CDLL(None, use_errno=True)
     if libc.prctl(option, ctypes.c_ulong(value), 0, 0, 0) != 0:
         raise OSError(ctypes.get_errno(), f"prctl({option}) failed")
+
+
+def watch_shared_memory() -> int | None:
+    """A descriptor that is readable when a name appears in /dev/shm; None where that is refused."""
+    libc = ctypes.CDLL(None, use_errno=True)
+    fd = libc.inotify_init1(os.O_NONBLOCK | os.O_CLOEXEC)
+    if fd < 0:
+        return None
+    if libc.inotify_add_watch(fd, SHM.encode(), IN_CREATE) < 0:
+        os.close(fd)
+        return None
+    return int(fd)
 
 
 def become_subreaper() -> None:
@@ -245,6 +260,7 @@ class Guard:
         self.asked: set[tuple[int, int]] = set()  # (pid, start) that got TERM
         self.killed: set[tuple[int, int]] = set()
         self.told_survivors = False
+        self.look_by = math.inf  # when the tree is to be looked at ahead of its turn
         self.watched: dict[int, tuple[int, str]] = {}  # pid -> pidfd and name of other members
 
     def run(self) -> int:
@@ -257,10 +273,17 @@ class Guard:
             return 1
         self.selector.register(self.control, selectors.EVENT_READ, self._on_control)
         self.selector.register(wakeup_r, selectors.EVENT_READ, lambda: drain_pipe(wakeup_r))
+        # A name that is mapped and left between two ticks would be nobody's: look when one appears.
+        appeared = watch_shared_memory()
+        if appeared is not None:
+            self.selector.register(
+                appeared, selectors.EVENT_READ, lambda: self._look_soon(appeared)
+            )
         next_look = 0.0
         while True:
             news = self._reap()
             now = time.monotonic()
+            next_look = min(next_look, self.look_by)
             # Looking reads all of /proc, so a flood of output must not make it happen more often.
             if news or now >= next_look:
                 if self.ends_at is None:
@@ -268,10 +291,12 @@ class Guard:
                     self.record.update(members)
                 elif self._advance_end(now):
                     return 0
+                self.look_by = math.inf
                 idle = self.ends_at is None or self.told_survivors
                 next_look = now + (TICK_S if idle else ENDING_TICK_S)
             was_ending = self.ends_at
-            for key, _ in self.selector.select(max(0.0, next_look - time.monotonic())):
+            due = min(next_look, self.look_by)
+            for key, _ in self.selector.select(max(0.0, due - time.monotonic())):
                 key.data()
             if self.ends_at != was_ending:
                 next_look = 0.0
@@ -337,6 +362,10 @@ class Guard:
         os.close(fd)
         if self.ends_at is None:
             self._tell("member_lost", pid=pid, name=name)
+
+    def _look_soon(self, appeared: int) -> None:
+        drain_pipe(appeared)
+        self.look_by = min(self.look_by, time.monotonic() + SOON_S)
 
     def _tell(self, event: str, **facts: Any) -> None:
         if not self.is_orphan:

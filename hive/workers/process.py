@@ -369,8 +369,10 @@ async def sweep(runtime_dir: Path) -> list[str]:
         with contextlib.suppress(OSError, ValueError, KeyError):
             mark = json.loads(record.read_bytes())["mark"]
         deadline = time.monotonic() + guard.KILL_S
-        while members := adopted(mark, recorded) if mark else []:
+        # A zombie is init's to reap, and holds nothing.
+        while mark and (members := [p for p in adopted(mark, recorded) if p.state != "Z"]):
             for process in members:
+                shm |= guard.shared_memory(process.pid)
                 guard.send_signal(process, signal.SIGKILL)
                 found.append(f"process {process.pid} ({process.name})")
             if time.monotonic() > deadline:
