@@ -68,6 +68,15 @@ async def serve(settings: Settings) -> None:
             gateway.close_streams()
             await stop_fleet(fleet, stop_asked)
         announcer.announce(DaemonMoved("stopped"))
+        be_deaf()
+
+
+def be_deaf() -> None:
+    """All is over: a second signal in the last milliseconds must not make a bad exit of it."""
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.remove_signal_handler(number)
+        signal.signal(number, signal.SIG_IGN)
 
 
 class StopAsked:

@@ -64,6 +64,12 @@ def _one_kind(devices: tuple[str, ...]) -> tuple[str, ...]:
     return devices
 
 
+def _refuse(problems: Iterator[str]) -> None:
+    """One validation error of all the problems, a line each; `_problems` takes it apart."""
+    if found := list(problems):
+        raise PydanticCustomError("disagree", "{found}", {"found": "\n".join(found)})
+
+
 Device = Annotated[str, AfterValidator(_device)]
 # One worker's devices: one, or several for tensor parallelism.
 Devices = Annotated[
@@ -196,6 +202,8 @@ class Restarts(Section):
 
 
 class Breaker(Section):
+    """When a worker that keeps failing is not asked for a while."""
+
     failures: int = Field(
         5, ge=1, le=1000, description="Consecutive failures that open a worker's breaker."
     )
@@ -220,7 +228,9 @@ class ApiKey(Section):
 
 
 class Auth(Section):
-    keys: tuple[ApiKey, ...] = ()
+    """Who may ask for what; without keys everybody may everything, on loopback only."""
+
+    keys: tuple[ApiKey, ...] = Field((), description="Made by `hive key new NAME`.")
 
     @field_validator("keys")
     @classmethod
@@ -235,6 +245,8 @@ class Auth(Section):
 
 
 class Windows(Section):
+    """Context windows, and the tier of files that holds their KV cache."""
+
     kv_tier_gib: float = Field(
         10, gt=0, le=1_000_000, description="LMCache's file tier, GiB, bounded by hive."
     )
@@ -308,38 +320,33 @@ class Model(Section):
     running: Literal["vllm", "none"] | None = Field(
         None, description="Whether the engine publishes vLLM's gauges."
     )
-    timeouts: TimeoutOverrides = Field(default_factory=TimeoutOverrides)
+    timeouts: TimeoutOverrides = Field(
+        default_factory=TimeoutOverrides, description="Limits of this model, instead of [timeouts]."
+    )
 
     @model_validator(mode="after")
     def _agrees(self) -> Self:
+        _refuse(self._disagreements())
+        return self
+
+    def _disagreements(self) -> Iterator[str]:
         if not self.device and not self.replicas:
-            raise PydanticCustomError(
-                "device_missing",
+            yield (
                 'a model must name its device: device = "cuda:N", "GPU-<uuid>", a list, or "cpu"; '
-                "hive never chooses one",
+                "hive never chooses one"
             )
         if self.device and self.replicas:
-            raise PydanticCustomError("device_twice", "give either device or replicas, not both")
+            yield "give either device or replicas, not both"
         if self.engine == "vllm" and not self.path:
-            raise PydanticCustomError(
-                "path_missing", "engine vllm needs path: a model directory or a hub id"
-            )
+            yield "engine vllm needs path: a model directory or a hub id"
         if self.engine == "vllm" and self.command:
-            raise PydanticCustomError("command_unused", 'command belongs to engine = "command"')
+            yield 'command belongs to engine = "command"'
         if self.engine == "command" and not self.command:
-            raise PydanticCustomError(
-                "command_missing", 'engine command needs command = ["prog", "--uds", "{{socket}}"]'
-            )
-        if self.engine == "command" and not any("{socket}" in part for part in self.command):
-            raise PydanticCustomError(
-                "socket_missing",
-                "command must pass {{socket}} on: the unix socket that hive talks to",
-            )
+            yield 'engine command needs command = ["prog", "--uds", "{socket}"]'
+        elif self.engine == "command" and not any("{socket}" in part for part in self.command):
+            yield "command must pass {socket} on: the unix socket that hive talks to"
         if "CUDA_VISIBLE_DEVICES" in self.env:
-            raise PydanticCustomError(
-                "cuda_visible", "env must not set CUDA_VISIBLE_DEVICES: hive sets it from device"
-            )
-        return self
+            yield "env must not set CUDA_VISIBLE_DEVICES: hive sets it from device"
 
     @property
     def workers(self) -> tuple[tuple[str, ...], ...]:
@@ -364,52 +371,42 @@ class Settings(BaseSettings):
 
     @model_validator(mode="after")
     def _agrees(self) -> Self:
+        checks = (
+            self._check_models(),
+            self._check_binding(),
+            self._check_sharing(),
+            self._check_socket_path(),
+        )
+        _refuse(problem for check in checks for problem in check)
+        return self
+
+    def _check_models(self) -> Iterator[str]:
         for name, model in self.models.items():
             if not NAME.match(name):
-                raise PydanticCustomError(
-                    "model_name",
-                    "models.{name}: a model's name is 1 to 64 of letters, digits, '.', '_' and '-', "
-                    "beginning and ending with a letter or digit",
-                    {"name": repr(name)},
+                yield (
+                    f"models.{name!r}: a model's name is 1 to 64 of letters, digits, '.', '_' and "
+                    "'-', beginning and ending with a letter or digit"
                 )
-            merged = self.timeouts_of(model)
-            if (
-                merged.queue_s > merged.request_s
-                or merged.inference_s + merged.cleanup_s > merged.request_s
-            ):
-                raise PydanticCustomError(
-                    "cascade",
-                    "models.{name}.timeouts: with [timeouts] they must keep queue_s <= request_s and "
-                    "inference_s + cleanup_s <= request_s (here {queue} <= {request} and {inner} <= {request})",
-                    {
-                        "name": name,
-                        "queue": merged.queue_s,
-                        "request": merged.request_s,
-                        "inner": merged.inference_s + merged.cleanup_s,
-                    },
+            limits = self.timeouts_of(model)
+            inner = limits.inference_s + limits.cleanup_s
+            if limits.queue_s > limits.request_s or inner > limits.request_s:
+                yield (
+                    f"models.{name}.timeouts: with [timeouts] they must keep queue_s <= request_s "
+                    f"and inference_s + cleanup_s <= request_s (here {limits.queue_s:g} <= "
+                    f"{limits.request_s:g} and {inner:g} <= {limits.request_s:g})"
                 )
             for other in model.alternatives:
                 if other not in self.models:
-                    raise PydanticCustomError(
-                        "alternative",
-                        "models.{name}.alternatives names {other}, which is not configured",
-                        {"name": name, "other": repr(other)},
-                    )
-        self._check_binding()
-        self._check_sharing()
-        self._check_socket_path()
-        return self
+                    yield f"models.{name}.alternatives names {other!r}, which is not configured"
 
-    def _check_binding(self) -> None:
+    def _check_binding(self) -> Iterator[str]:
         if not self.server.is_loopback and not self.auth.keys:
-            raise PydanticCustomError(
-                "binding",
-                "server.host = {host} is not loopback, so API keys are needed: make one with "
-                "'hive key new NAME', or bind 127.0.0.1",
-                {"host": repr(self.server.host)},
+            yield (
+                f"server.host = {self.server.host!r} is not loopback, so API keys are needed: make "
+                "one with 'hive key new NAME', or bind 127.0.0.1"
             )
 
-    def _check_sharing(self) -> None:
+    def _check_sharing(self) -> Iterator[str]:
         users: dict[str, list[str]] = {}
         for name, model in self.models.items():
             for devices in model.workers:
@@ -423,30 +420,34 @@ class Settings(BaseSettings):
                 if not (self.models[n].required_vram_gib or self.models[n].kv_cache_gib)
             ]
             if len(names) > 1 and silent:
-                raise PydanticCustomError(
-                    "sharing",
-                    "{names} share {device}: each must state its VRAM (kv_cache_gib or "
-                    "required_vram_gib); missing for {silent}",
-                    {"names": ", ".join(names), "device": device, "silent": ", ".join(silent)},
+                yield (
+                    f"{', '.join(names)} share {device}: each must state its VRAM (kv_cache_gib or "
+                    f"required_vram_gib); missing for {', '.join(silent)}"
                 )
 
-    def _check_socket_path(self) -> None:
+    def _check_socket_path(self) -> Iterator[str]:
         # A worker's own socket is w/N/s; vLLM makes others named by a UUID in w/N/t.
         longest = "w/999999/t/" + "u" * 36
         if all(model.engine == "command" for model in self.models.values()):
             longest = "w/999999/s"
         size = len(os.fsencode(self.server.runtime_dir / longest))
         if size > SOCKET_PATH_BYTES:
-            raise PydanticCustomError(
-                "socket_path",
-                "server.runtime_dir is too long by {over} bytes: an engine's socket would have "
-                "{size}, a unix socket path has at most {most}; choose a shorter directory",
-                {"over": size - SOCKET_PATH_BYTES, "size": size, "most": SOCKET_PATH_BYTES},
+            yield (
+                f"server.runtime_dir is too long by {size - SOCKET_PATH_BYTES} bytes: an engine's "
+                f"socket would have {size}, a unix socket path has at most {SOCKET_PATH_BYTES}; "
+                "choose a shorter directory"
             )
 
     def timeouts_of(self, model: Model) -> Timeouts:
-        """[timeouts] with the model's own values put in (not validated again)."""
-        return self.timeouts.model_copy(update=model.timeouts.model_dump(exclude_none=True))
+        """[timeouts] with the model's own values put in (not validated again).
+
+        Who shortens a model's request_s need not name queue_s, too: it is never longer.
+        """
+        own = model.timeouts.model_dump(exclude_none=True)
+        merged = self.timeouts.model_copy(update=own)
+        if "queue_s" in own:
+            return merged
+        return merged.model_copy(update={"queue_s": min(merged.queue_s, merged.request_s)})
 
 
 # Sections whose scalar keys the environment may set.
@@ -457,7 +458,20 @@ class _ScalarEnvironment(EnvSettingsSource):
     """HIVE_SECTION__KEY for the fixed sections only: keys and models belong in the file."""
 
     def __call__(self) -> dict[str, Any]:
-        return {k: v for k, v in super().__call__().items() if k in FIXED}
+        found: dict[str, dict[str, str]] = {}
+        for name, value in os.environ.items():
+            section, key = _section_and_key(name)
+            if section in FIXED and key:
+                found.setdefault(section, {})[key] = value
+        return found
+
+
+def _section_and_key(variable: str) -> tuple[str, str]:
+    """What HIVE_SECTION__KEY would set; empty for other variables."""
+    if not variable.startswith("HIVE_"):
+        return "", ""
+    section, _, key = variable.removeprefix("HIVE_").lower().partition("__")
+    return section, key
 
 
 def load(
@@ -487,10 +501,12 @@ def load(
     try:
         settings = _build(document, flags or {})
     except ValidationError as exc:
+        found = exc.errors(include_url=False)
         problems += [
-            f"{path}: {_problem(detail)}"
-            for detail in exc.errors(include_url=False)
-            if detail["loc"][:2] not in unquoted
+            f"{_source(detail['loc'], path, flags or {})}: {line}"
+            for detail in found
+            if detail["loc"][:2] not in unquoted and not _is_echo(detail, found)
+            for line in _problems(detail)
         ]
     if settings and not settings.models:
         problems.append(
@@ -539,11 +555,13 @@ def _build(document: Mapping[str, Any], flags: Mapping[str, Mapping[str, Any]]) 
 
 
 def _unknown_variables() -> Iterator[str]:
-    """HIVE_A__B where A is no section: pydantic would pass over it in silence."""
+    """HIVE_A__B where A is no section, and HIVE_A where it is one."""
     for name in sorted(os.environ):
-        section, delimiter, _ = name.removeprefix("HIVE_").partition("__")
-        if name.startswith("HIVE_") and delimiter and section.lower() not in FIXED:
-            near = _nearest(section.lower(), FIXED)
+        section, key = _section_and_key(name)
+        if not key and section in Settings.model_fields:
+            yield f"{name}: a section cannot be set as a whole; set its keys, as HIVE_SERVER__PORT"
+        if key and section not in FIXED:
+            near = _nearest(section, FIXED)
             hint = f"; did you mean HIVE_{near.upper()}__…" if near else ""
             yield f"{name}: no section of that name can be set by the environment{hint} (known: {', '.join(FIXED)})"
 
@@ -581,8 +599,36 @@ def _fields_at(location: tuple[int | str, ...]) -> list[str]:
     return list(owner.model_fields)
 
 
+def _source(
+    location: tuple[int | str, ...], file: Path, flags: Mapping[str, Mapping[str, Any]]
+) -> str:
+    """Where a value came from: a flag, a variable or the file."""
+    section, key = (*map(str, location), "", "")[:2]
+    if flags.get(section, {}).get(key) is not None:
+        return f"--{key.replace('_', '-')}"
+    named = (name for name in os.environ if key and _section_and_key(name) == (section, key))
+    return next(named, str(file)) if section in FIXED else str(file)
+
+
+def _is_echo(detail: ErrorDetails, all_of_them: list[ErrorDetails]) -> bool:
+    """A list found too short only because its items were refused, which is told already."""
+    at = detail["loc"]
+    return detail["type"] == "too_short" and any(
+        other["loc"][: len(at)] == at and len(other["loc"]) > len(at) for other in all_of_them
+    )
+
+
+def _problems(detail: ErrorDetails) -> Iterator[str]:
+    """A line each: key, what was given, what would be right, the nearest known key."""
+    if detail["type"] == "disagree":
+        key = ".".join(map(str, detail["loc"]))
+        for line in detail["msg"].split("\n"):
+            yield f"{key}: {line}" if key else line
+    else:
+        yield _problem(detail)
+
+
 def _problem(detail: ErrorDetails) -> str:
-    """One line: key, what was given, what would be right, the nearest known key."""
     location = detail["loc"]
     key = ".".join(str(part) for part in location if not str(part).startswith("function-"))
     if detail["type"] == "extra_forbidden":

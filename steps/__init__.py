@@ -1,7 +1,29 @@
 """The steps of the features, by noun; this index is the plugin that pytest loads (`-p steps`)."""
 
+import re
+from collections.abc import Callable
+
+import pytest
+
 pytest_plugins = [
     "steps.leaks",
     "steps.driver",
     "steps.real",
+    "steps.deaths",
+    "steps.story",
+    "steps.daemon",
+    "steps.workers",
+    "steps.engines",
+    "steps.requests",
+    "steps.operator",
+    "steps.watching",
 ]
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_bdd_apply_tag(tag: str, function: Callable[..., object]) -> bool | None:
+    """@R057 names a requirement (docs/requirements.md lists them); it is no marker."""
+    if re.fullmatch(r"R\d{3}", tag):
+        pytest.mark.requirement(tag)(function)
+        return True
+    return None

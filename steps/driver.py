@@ -494,6 +494,11 @@ class Hive:
                 return float(value)
         return 0.0
 
+    @property
+    def records(self) -> str:
+        """What the guards wrote down for whoever must clean up after them."""
+        return "".join(p.read_text() for p in (self.runtime / "w").glob("*/tree.json"))
+
     def double(self, name: str = "m") -> "Double":
         return Double(self.control(name))
 
@@ -511,13 +516,16 @@ class Double:
         self._control = control
 
     def ask(self, method: str, path: str, body: Any = None) -> Any:
+        return json.loads(self.ask_text(method, path, body))
+
+    def ask_text(self, method: str, path: str, body: Any = None) -> str:
         connection = http.client.HTTPConnection("double", timeout=5)
         connection.sock = socket.socket(socket.AF_UNIX)
         try:
             connection.sock.connect(str(self._control))
             headers = {"Content-Type": "application/json"} if body is not None else {}
             connection.request(method, path, _encoded(body), headers)
-            return json.loads(connection.getresponse().read())
+            return connection.getresponse().read().decode()
         finally:
             connection.close()
 

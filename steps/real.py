@@ -17,7 +17,7 @@ from steps.waiting import until
 START_S = 180.0
 ARGS = [
     "--enforce-eager",
-    "--max-model-len=4096",
+    "--max-model-len=16384",
     "--enable-auto-tool-choice",
     "--tool-call-parser=hermes",
     # A random model writes white space for ever where a JSON grammar lets it.

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, ParamSpec, TypeVar
 
-LIMIT_S = 20.0
+LIMIT_S = 120.0  # only what hangs gets there
 LOOK_S = 0.005
 
 P = ParamSpec("P")
@@ -31,7 +31,7 @@ def awaited(test: Callable[P, Coroutine[Any, Any, None]]) -> Callable[P, None]:
     return run
 
 
-async def until(look: Callable[[], T], what: str, limit_s: float = 10.0) -> T:
+async def until(look: Callable[[], T], what: str, limit_s: float = 30.0) -> T:
     """What `look` finds as soon as it finds something; the event loop runs meanwhile."""
     deadline = time.monotonic() + limit_s
     while not (found := look()):
@@ -40,7 +40,7 @@ async def until(look: Callable[[], T], what: str, limit_s: float = 10.0) -> T:
     return found
 
 
-def wait_until(look: Callable[[], T], what: str, limit_s: float = 10.0) -> T:
+def wait_until(look: Callable[[], T], what: str, limit_s: float = 30.0) -> T:
     """`until` for tests without an event loop."""
     deadline = time.monotonic() + limit_s
     while not (found := look()):

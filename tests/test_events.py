@@ -37,7 +37,7 @@ def test_every_listener_hears_every_event_in_order() -> None:
 def test_a_broken_listener_stops_neither_the_others_nor_the_announcer(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    """The error is logged with its traceback (R066, R068, R075)."""
+    """The error is logged with its traceback (R068, R075)."""
 
     def broken(_event: Event) -> None:
         raise RuntimeError("this listener is broken")

@@ -34,7 +34,17 @@ COMMANDS = {
 }
 
 
+class ReaderLeft(Exception):
+    """Nobody reads our output any more. Not an OSError: click would end the program with 1."""
+
+
 class LazyGroup(click.Group):
+    def invoke(self, ctx: click.Context) -> object:
+        try:
+            return super().invoke(ctx)
+        except BrokenPipeError as exc:
+            raise ReaderLeft from exc
+
     def list_commands(self, ctx: click.Context) -> list[str]:
         return list(COMMANDS)
 
@@ -68,6 +78,8 @@ def run(args: list[str]) -> int:
         return exc.exit_code
     except click.Abort:
         return 130
+    except ReaderLeft as exc:
+        raise BrokenPipeError from exc
     except click.ClickException as exc:
         exc.show()
         return exc.exit_code

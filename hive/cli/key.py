@@ -178,16 +178,20 @@ def _keys(document: Any) -> Any:
 
 
 def _write(file: Path, text: str) -> None:
-    """Replace the file whole, or leave it as it was; its mode stays."""
-    draft = file.with_name(f".{file.name}.{os.getpid()}")
+    """Replace the file whole, or leave it as it was; its mode, owner and links to it stay."""
+    target = file.resolve()
+    draft = target.with_name(f".{target.name}.{os.getpid()}")
     try:
-        mode = file.stat().st_mode & 0o777
-        fd = os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode)
+        about = target.stat()
+        fd = os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
         with os.fdopen(fd, "w") as out:
             out.write(text)
+            if (about.st_uid, about.st_gid) != (os.geteuid(), os.getegid()):
+                os.fchown(fd, about.st_uid, about.st_gid)
+            os.fchmod(fd, about.st_mode & 0o777)
             out.flush()
             os.fsync(out.fileno())
-        draft.replace(file)
+        draft.replace(target)
     except OSError as exc:
         draft.unlink(missing_ok=True)
         raise ConfigInvalid(

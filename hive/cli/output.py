@@ -27,7 +27,12 @@ def print_table(columns: Sequence[str], rows: Iterable[Sequence[object]]) -> Non
     for row in rows:
         table.add_row(*("" if cell is None else str(cell) for cell in row))
     width = None if sys.stdout.isatty() else 1000
-    Console(width=width, highlight=False, markup=False, soft_wrap=width is not None).print(table)
+    console = Console(
+        width=width, highlight=False, markup=False, emoji=False, soft_wrap=width is not None
+    )
+    with console.capture() as text:  # printed by us: rich ends the program on a broken pipe
+        console.print(table)
+    print(text.get(), end="")
 
 
 def show_error(error: HiveError, *, as_json: bool) -> None:

@@ -82,10 +82,12 @@ class Admin:
         return models
 
     async def metrics(self, _request: web.Request) -> web.Response:
+        """Prometheus' text format (docs/metrics.md)."""
         text, content_type = self._metrics()
         return web.Response(body=text, headers={"Content-Type": content_type})
 
     async def status(self, _request: web.Request) -> web.Response:
+        """The daemon, its models and the states of their workers."""
         return web.json_response(
             {
                 "version": __version__,
@@ -127,9 +129,11 @@ class Admin:
         return response
 
     async def workers(self, _request: web.Request) -> web.Response:
+        """Every worker: id, model, state, device, reason and more."""
         return web.json_response({"workers": [_view(w) for w in self._fleet.workers.values()]})
 
     async def worker(self, request: web.Request) -> web.Response:
+        """One worker."""
         return web.json_response(_view(self._find(request)))
 
     async def act(self, request: web.Request) -> web.Response:

@@ -8,7 +8,7 @@ from typing import Literal
 
 from aiohttp import web
 
-from hive.errors import Forbidden, Unauthorized
+from hive.errors import Forbidden, NotFound, Unauthorized
 from hive.settings import ApiKey
 
 Scope = Literal["inference", "admin", "metrics", "any", "nobody"]
@@ -40,7 +40,11 @@ def needed_scope(path: str) -> str | None:
         return "metrics"
     if _ADMIN.match(path):
         return "admin"
-    return "any" if path.startswith("/hive/v1/") or path == "/v1/models" else "inference"
+    return (
+        "any"
+        if path.startswith(("/hive/v1/", "/v1/models/")) or path == "/v1/models"
+        else "inference"
+    )
 
 
 def fingerprint(presented: str) -> str:
@@ -58,6 +62,9 @@ class Doorkeeper:
 
     def admit(self, request: web.Request) -> Caller:
         """The caller. Raises Unauthorized without a known key, Forbidden without the scope."""
+        if {".", ".."} & set(request.path.split("/")):
+            # Whoever resolves them later would reach a path whose scope was not asked for.
+            raise NotFound("There is nothing at this path.")
         if not self._keys:
             return ANYONE
         scope = needed_scope(request.path)

@@ -106,7 +106,7 @@ def model_in(body: bytes, content_type: str) -> str:
         model = _decoder.decode(body).model
     except msgspec.ValidationError as exc:
         raise _not_as_needed(str(exc)) from None
-    except msgspec.DecodeError as exc:
+    except (msgspec.DecodeError, UnicodeDecodeError) as exc:
         raise ValidationFailed(
             f"The request's body is not valid JSON: {_without_prefix(str(exc))}.",
             action="Send a JSON object, encoded as UTF-8.",

@@ -44,7 +44,7 @@ class Inference:
         ]
 
     async def infer(self, request: web.Request) -> web.StreamResponse:
-        """POST: to a worker of the model that the body names."""
+        """To a READY worker of the model that the body names."""
         passage: Passage = request["passage"]
         async with self._intake.receive(request) as body:
             passage.bytes_in = len(body)
@@ -55,7 +55,7 @@ class Inference:
             return await self._ask(request, body, worker, passage)
 
     async def stored_response(self, request: web.Request) -> web.StreamResponse:
-        """/v1/responses/{id}: to the worker that made it, which alone can know it."""
+        """To the worker that made the response, which alone can know it."""
         passage: Passage = request["passage"]
         worker_id = self._makers.get(request.match_info["id"])
         if worker_id is None:
@@ -98,11 +98,12 @@ class Inference:
                 self._makers.popitem(last=False)
 
     async def models(self, _request: web.Request) -> web.Response:
-        """GET /v1/models: every configured model, whether it can serve now or not."""
+        """Every configured model, whether it can serve now or not."""
         data = [self._model_card(name) for name in self._settings.models]
         return web.json_response({"object": "list", "data": data})
 
     async def model(self, request: web.Request) -> web.Response:
+        """One configured model, and the states of its workers."""
         name = request.match_info["model"]
         self._fleet.of_model(name)
         return web.json_response(self._model_card(name))

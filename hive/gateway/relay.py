@@ -5,14 +5,14 @@ engine that dies before saying anything still becomes a proper status; after tha
 the last event of the stream, or, inside an event, a connection closed without its last chunk.
 """
 
-import contextlib
 import re
 import time
 from collections.abc import Callable
 
 import aiohttp
-from aiohttp import hdrs, web
+from aiohttp import HttpVersion11, hdrs, web
 from multidict import CIMultiDict
+from yarl import URL
 
 from hive.errors import (
     BadGateway,
@@ -51,7 +51,8 @@ _NOT_FORWARDED = _HOP_BY_HOP | {
     "x-request-id",
 }
 # An engine that lost its core reports it in the stream and ends a moment later.
-_ENGINE_ERROR = re.compile(rb'(?:\A|\n)(?:data: \{"error"|event: error)')
+_MARKS = (b'data: {"error"', b"event: error")
+_ENGINE_ERROR = re.compile(rb'(?:\A|(?<=\n))(?:data: \{"error"|event: error)')
 _CORE_IS_DEAD = re.compile(rb"EngineCore|EngineDead")  # vLLM's own words in its last 500
 _CALLERS_FAULT = b'"code": 4'  # … but a 4xx found while streaming is the request's own
 SERVER_ERROR = 500
@@ -82,7 +83,8 @@ class Relay:
                 life.until_over(),
                 life.session.request(
                     request.method,
-                    f"http://engine{request.raw_path}",
+                    # As it was sent: another reading of dots or escapes would be another path.
+                    _engine_url(request),
                     data=body or None,
                     headers=self._forwarded(request, passage),
                     timeout=aiohttp.ClientTimeout(total=None, sock_connect=connect_s),
@@ -130,9 +132,9 @@ class Relay:
     ) -> web.StreamResponse:
         passage = downstream.passage
         piece = await answer.content.readany()
-        if answer.status == SERVER_ERROR and _CORE_IS_DEAD.search(piece):
-            if crash := await self._crash(life, passage):
-                raise crash
+        core_is_dead = answer.status == SERVER_ERROR and _CORE_IS_DEAD.search(piece)
+        if core_is_dead and (crash := await self._crash(life, passage)):
+            raise crash
         if observe and answer.status < 300:  # noqa: PLR2004
             observe(piece)
         is_stream = answer.content_type == "text/event-stream"
@@ -140,14 +142,19 @@ class Relay:
         if length is not None and length <= WHOLE_BYTES and not is_stream:
             piece += await answer.content.read()
         response = await downstream.begin(answer, self._returned(answer, passage))
+        held = b""
         while piece:
+            piece, held = held + piece, b""
             if is_stream and (found := _ENGINE_ERROR.search(piece)):
                 await downstream.send(piece[: found.start()])
                 piece = piece[found.start() :]
                 if _CALLERS_FAULT not in piece and (crash := await self._crash(life, passage)):
                     raise crash
+            elif is_stream and (most := begun_mark(piece)):
+                piece, held = piece[:-most], piece[-most:]
             await downstream.send(piece)
             piece = await answer.content.readany()
+        await downstream.send(held)
         await downstream.finish()
         return response
 
@@ -197,6 +204,22 @@ class Relay:
         return BadGateway(f"The engine {what}.", worker=passage.worker, model=passage.model)
 
 
+def begun_mark(piece: bytes) -> int:
+    """How many last bytes may be the beginning of an engine's error, cut by the piece's end."""
+    last_line = piece[piece.rfind(b"\n") + 1 :]
+    return len(last_line) if any(mark.startswith(last_line) for mark in _MARKS) else 0
+
+
+def _engine_url(request: web.Request) -> URL:
+    return URL.build(
+        scheme="http",
+        host="engine",
+        path=request.rel_url.raw_path,
+        query_string=request.rel_url.raw_query_string,
+        encoded=True,
+    )
+
+
 class ClientLeft(ConnectionError):
     """The client's connection is gone; there is nobody to tell."""
 
@@ -215,9 +238,8 @@ class _Downstream:
         self, answer: aiohttp.ClientResponse, headers: CIMultiDict[str]
     ) -> web.StreamResponse:
         response = web.StreamResponse(status=answer.status, reason=answer.reason, headers=headers)
-        if answer.content_length is None:
-            with contextlib.suppress(RuntimeError):  # HTTP/1.0 has no chunks: closed at the end
-                response.enable_chunked_encoding()
+        if answer.content_length is None and self._request.version >= HttpVersion11:
+            response.enable_chunked_encoding()  # HTTP/1.0 has no chunks: closed at the end
         self._is_stream = answer.content_type == "text/event-stream"
         try:
             await response.prepare(self._request)

@@ -74,7 +74,7 @@ class EventStream:
         if last_id is None:
             return self._number  # nothing old was asked for
         life, _, number = last_id.partition("-")
-        return int(number) if life == self._life and number.isdigit() else 0
+        return int(number) if life == self._life and re.fullmatch("[0-9]{1,15}", number) else 0
 
     def close(self) -> None:
         for queue in self._readers:

@@ -232,7 +232,7 @@ class Record:
             "mark": self.mark,
             "guard": os.getpid(),
             "members": sorted([p.pid, p.start] for p in members),
-            "shm": self.shm,
+            "shm": dict(self.shm),  # a copy: what was written is compared with what is now
         }
         if content != self._written:
             with contextlib.suppress(OSError):
@@ -329,8 +329,8 @@ class Guard:
                 preexec_fn=die_with_the_guard,  # noqa: PLW1509 (see above)
             )
         except OSError as exc:
-            self._tell("spawn_failed", error=exc.strerror or str(exc), file=exc.filename)
             self._clean()
+            self._tell("spawn_failed", error=exc.strerror or str(exc), file=exc.filename)
             return False
         finally:
             os.close(out_w)
@@ -417,6 +417,7 @@ class Guard:
                 return found
             found = True
             if self.leader is not None and pid == self.leader.pid:
+                self._read_rest()  # hive quotes the engine's last words as soon as it hears
                 code = os.waitstatus_to_exitcode(status)
                 self.leader.returncode = code
                 self.leader_over = True
@@ -456,7 +457,10 @@ class Guard:
 
     def _read_rest(self) -> None:
         with contextlib.suppress(OSError):
-            while text := os.read(self.out_r, 65536):
+            # Bounded: what outlives the leader may go on printing.
+            for _ in range(64):
+                if not (text := os.read(self.out_r, 65536)):
+                    break
                 self.log.write(text)
 
     def _clean(self) -> list[str]:

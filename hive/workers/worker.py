@@ -170,16 +170,14 @@ class Worker:
 
         def wanted() -> None:
             self._wanted_up = True
-            self._restart_asked = False
+            # While STOPPING: what it was going to do next is changed to a start.
+            self._restart_asked = self.state is State.STOPPING
             self.counts.unasked = ()
             self._hurry.set()
 
         if self.state in (State.READY, State.LOADING, State.DRAINING, State.LOST):
             raise self._conflict("start", "STOPPED or FAILED")
-        moved = await self._post(News.START_ASKED, "start was asked", before=wanted)
-        if not moved and self.state not in ON_THE_WAY:
-            # It is STOPPING: what it was going to do next has been changed to a start.
-            self._restart_asked = True
+        await self._post(News.START_ASKED, "start was asked", before=wanted)
 
     async def stop(self, *, drain: bool = True) -> None:
         """Drain (up to drain_s), then end the tree. Raises Conflict when there is nothing to stop."""
@@ -207,6 +205,8 @@ class Worker:
             await self.start()
         else:
             await self._post(News.STOP_ASKED, "restart was asked", before=again)
+            if self.state in (State.STOPPED, State.FAILED):
+                await self.start()  # it came to rest before it could be asked
 
     async def wait_for(self, *states: State) -> State:
         """Return when the worker is in one of `states`; the caller bounds the wait."""

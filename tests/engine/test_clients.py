@@ -13,11 +13,12 @@ import openai
 import pytest
 
 from steps.driver import Hive
+from steps.waiting import must
 from tests.engine.raw import exchange
 
 pytestmark = pytest.mark.engine
 
-SAY = [{"role": "user", "content": "hello"}]
+SAY: Any = [{"role": "user", "content": "hello"}]
 SCHEMA = {
     "type": "object",
     "additionalProperties": False,
@@ -97,7 +98,12 @@ def test_log_probabilities_arrive(client: openai.OpenAI) -> None:
 
 
 def test_a_tool_is_called(client: openai.OpenAI) -> None:
-    function = {"name": "set_light", "strict": True, "parameters": LIGHT}
+    tools: Any = [
+        {
+            "type": "function",
+            "function": {"name": "set_light", "strict": True, "parameters": LIGHT},
+        }
+    ]
     answer: Any = client.chat.completions.create(
         model="m",
         messages=SAY,
@@ -105,7 +111,7 @@ def test_a_tool_is_called(client: openai.OpenAI) -> None:
         temperature=1,
         seed=1,
         tool_choice="required",
-        tools=[{"type": "function", "function": function}],  # type: ignore[list-item]
+        tools=tools,
     )
     call = answer.choices[0].message.tool_calls[0].function
     assert call.name == "set_light"
@@ -210,10 +216,8 @@ def _without_time(body: bytes) -> bytes:
 
 
 def test_a_client_that_leaves_frees_the_engines_slot(real_hive: Hive) -> None:
-    """Promise 4, seen in vLLM's own gauge (R050)."""
-    from steps.waiting import must
-
-    stream = real_hive.chat_stream(max_tokens=3500, ignore_eos=True)
+    """Promise 4, seen in vLLM's own gauge."""
+    stream = real_hive.chat_stream(max_tokens=15_000, ignore_eos=True)
     stream.wait_for_events(3)
     assert running(real_hive) == 1
     stream.leave()

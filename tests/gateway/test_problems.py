@@ -2,6 +2,7 @@
 
 import json
 from datetime import datetime
+from typing import Any
 
 import pytest
 
@@ -13,7 +14,7 @@ ALL = list(every_error())
 COMMON = {"suggested_action", "retryable", "request_id", "timestamp", "http_status"}
 
 
-def made(cls: type[HiveError], **facts: object) -> HiveError:
+def made(cls: type[HiveError], **facts: Any) -> HiveError:
     if cls is errors.HttpError:
         return cls("This path takes GET only.", status=405, **facts)
     return cls(**facts)
@@ -41,7 +42,7 @@ def test_every_error_has_the_contracts_body(cls: type[HiveError]) -> None:
 
 @pytest.mark.parametrize("cls", ALL, ids=lambda cls: cls.code)
 def test_a_clients_library_is_told_whether_to_try_again(cls: type[HiveError]) -> None:
-    """By the flag, not by the status (R044, R045)."""
+    """By the flag, not by the status (R045)."""
     error = made(cls)
     expected = "true" if error.retryable else "false"
 
@@ -78,6 +79,12 @@ def test_a_401_says_how_to_authenticate() -> None:
     assert "WWW-Authenticate" not in problems.headers(errors.Forbidden())
 
 
+def test_the_advice_of_a_401_arrives_whole() -> None:
+    details = problems.body(errors.Unauthorized())["error"]["details"]
+
+    assert details["suggested_action"] == errors.Unauthorized.action
+
+
 def test_what_may_not_leave_does_not() -> None:
     """Unlisted details are left out, listed ones and texts redacted, at any depth (R076)."""
     error = errors.WorkerCrashed(
@@ -96,7 +103,6 @@ def test_what_may_not_leave_does_not() -> None:
 
 
 def test_the_measured_facts_of_an_error_are_in_its_details() -> None:
-    """(R011, R018, R019, R031)"""
     vram = errors.GpuVramExhausted(
         "GPU out of memory: 24GB required, 3.5GB available",
         required_vram_gb=24,
@@ -120,7 +126,7 @@ def test_the_response_has_the_errors_status_and_headers() -> None:
     assert response.status == 429
     assert response.headers["Retry-After"] == "1"
     assert response.content_type == "application/json"
-    assert json.loads(response.body)["error"]["code"] == "RATE_LIMITED"
+    assert json.loads(response.text or "")["error"]["code"] == "RATE_LIMITED"
 
 
 def test_an_error_in_a_stream_is_one_event_of_one_line() -> None:

@@ -45,7 +45,7 @@ def test_any_other_is_replaced(request_id: str | None) -> None:
 
 
 def test_an_id_that_is_in_flight_is_refused_under_an_id_of_its_own() -> None:
-    """The request that came first is not disturbed (R036)."""
+    """The request that came first is not disturbed."""
     heard = Heard()
     with heard.traffic.passage(request("a")) as first:
         second_request = request("a")

@@ -51,7 +51,9 @@ def test_a_worker_is_ready_only_after_its_engine_answered() -> None:
 def test_only_a_proved_end_of_the_tree_leads_from_life_to_rest() -> None:
     """No state with a process becomes one without unless the tree was ended."""
     ways_out = {
-        (old, news) for old, news, new in ENTRIES if old in ALIVE and new not in ALIVE - {State.LOST}
+        (old, news)
+        for old, news, new in ENTRIES
+        if old in ALIVE and new not in ALIVE - {State.LOST}
     }
 
     assert ways_out == {
@@ -89,5 +91,5 @@ def test_a_worker_on_its_way_becomes_ready_without_an_operator() -> None:
 
 
 def test_rest_and_life_are_different_states() -> None:
-    assert ALIVE & REST == {State.LOST}
-    assert not ON_THE_WAY & REST
+    assert REST.intersection(ALIVE) == {State.LOST}
+    assert REST.isdisjoint(ON_THE_WAY)

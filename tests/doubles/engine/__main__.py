@@ -4,7 +4,7 @@ import sys
 from os.path import abspath, dirname
 
 # Run as a directory, the modules beside this file would be top-level names; they are not.
-sys.path[0] = dirname(dirname(dirname(dirname(abspath(__file__)))))  # noqa: PTH100, PTH120  pathlib is slow to import
+sys.path[0] = dirname(dirname(dirname(dirname(abspath(__file__)))))
 sys.modules["ssl"] = None  # type: ignore[assignment]  # asyncio does without, 5 ms sooner
 
 from tests.doubles.engine.server import main  # noqa: E402

@@ -85,7 +85,7 @@ class Server:
             "running": self.scheduler.running_parts,
             "waiting": self.scheduler.waiting_parts,
             "connections": len(self._connections),
-            "fds": len(os.listdir("/proc/self/fd")) - 1,  # noqa: PTH208
+            "fds": len(os.listdir("/proc/self/fd")) - 1,
             "counts": self.api.counts,
             "dead": self.api.is_dead,
         }
@@ -206,4 +206,4 @@ def main(argv: list[str]) -> NoReturn:
 
 def _unlink(path: str) -> None:
     with suppress(FileNotFoundError):
-        os.unlink(path)  # noqa: PTH108
+        os.unlink(path)

@@ -75,8 +75,8 @@ class Tree:
             os.waitpid(self.busy, 0)
             self.busy = None
         for _ in range(knobs.tmp - len(self.tmp)):
-            path = os.path.join(os.environ.get("TMPDIR", "/tmp"), f"vllm-{os.urandom(6).hex()}")  # noqa: PTH118  see __main__
-            with open(path, "wb") as litter:  # noqa: PTH123
+            path = os.path.join(os.environ.get("TMPDIR", "/tmp"), f"vllm-{os.urandom(6).hex()}")
+            with open(path, "wb") as litter:
                 litter.write(bytes(1024))
             self.tmp.append(path)
 
@@ -214,14 +214,14 @@ def hold(names: Collection[str]) -> list[mmap.mmap]:
 def release(names: Iterable[str]) -> None:
     for name in names:
         with suppress(FileNotFoundError):
-            os.unlink(SHM + name)  # noqa: PTH108
+            os.unlink(SHM + name)
 
 
 def rename(name: str) -> None:
     """Show the name in ps and top, as setproctitle does, without its C extension."""
-    with open("/proc/self/comm", "w", encoding="ascii") as comm:  # noqa: PTH123
+    with open("/proc/self/comm", "w", encoding="ascii") as comm:
         comm.write(name)
-    with open("/proc/self/stat", encoding="ascii", errors="replace") as stat:  # noqa: PTH123
+    with open("/proc/self/stat", encoding="ascii", errors="replace") as stat:
         words = stat.read().rpartition(")")[2].split()
     start, end = int(words[45]), int(words[46])
     try:
@@ -262,7 +262,7 @@ def signals_blocked() -> Iterator[None]:
 
 def _open_fds() -> set[int]:
     fds = set()
-    for name in os.listdir("/proc/self/fd"):  # noqa: PTH208
+    for name in os.listdir("/proc/self/fd"):
         try:
             os.fstat(int(name))  # the listing's own descriptor is closed by now
         except OSError:

@@ -1,0 +1,287 @@
+"""The way of the bytes: through hive they are the engine's own, each once and in order."""
+
+import asyncio
+import json
+import re
+import socket
+from collections.abc import Iterator
+from pathlib import Path
+
+import aiohttp
+import pytest
+
+from hive.gateway.relay import begun_mark
+from steps.driver import Double, Hive, chat_body
+from steps.waiting import must
+from tests.patience import awaited
+
+CHAT = "/v1/chat/completions"
+STREAMS = 200
+TOKENS = 60
+BODIES = {
+    CHAT: chat_body("m", "abc", max_tokens=7),
+    "/v1/completions": {"model": "m", "prompt": "tag=abc", "max_tokens": 7},
+    "/v1/messages": chat_body("m", "abc", max_tokens=7),
+    "/v1/responses": {"model": "m", "input": "tag=abc", "max_output_tokens": 7},
+}
+HOP_BY_HOP = {"connection", "keep-alive", "transfer-encoding", "te", "upgrade", "trailer"}
+
+
+@pytest.fixture
+def served(hive: Hive) -> Hive:
+    hive.model("m")
+    hive.start()
+    return hive
+
+
+@pytest.fixture
+def direct(served: Hive) -> "Direct":
+    return Direct(served.control("m"))
+
+
+class Direct:
+    """The engine double itself, asked past hive."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def ask(self, path: str, body: object) -> tuple[dict[str, str], bytes]:
+        with socket.socket(socket.AF_UNIX) as sock:
+            sock.connect(str(self.path))
+            return raw(sock, path, body)
+
+
+def raw(sock: socket.socket, path: str, body: object, extra: str = "", version: str = "1.1") -> (
+    tuple[dict[str, str], bytes]
+):  # fmt: skip
+    """One request on a raw connection: headers and everything after them, until the close."""
+    sock.settimeout(20)
+    data = body if isinstance(body, bytes) else json.dumps(body).encode()
+    head = (
+        f"POST {path} HTTP/{version}\r\nHost: engine\r\nContent-Type: application/json\r\n"
+        f"Connection: close\r\nContent-Length: {len(data)}\r\n{extra}\r\n"
+    )
+    sock.sendall(head.encode() + data)
+    got = b""
+    while piece := sock.recv(65536):
+        got += piece
+    top, _, rest = got.partition(b"\r\n\r\n")
+    status, *lines = top.decode().split("\r\n")
+    headers = {k.lower(): v for k, v in (line.split(": ", 1) for line in lines)}
+    return {**headers, ":status": status.split(" ", 1)[1]}, rest
+
+
+def through(hive: Hive, path: str, body: object, extra: str = "", version: str = "1.1") -> (
+    tuple[dict[str, str], bytes]
+):  # fmt: skip
+    with socket.create_connection(("127.0.0.1", hive.port)) as sock:
+        return raw(sock, path, body, extra, version)
+
+
+def chunks(body: bytes) -> Iterator[bytes]:
+    while body:
+        size, _, body = body.partition(b"\r\n")
+        length = int(size, 16)
+        yield body[:length]
+        assert body[length : length + 2] == b"\r\n"
+        body = body[length + 2 :]
+
+
+def same(body: bytes) -> bytes:
+    """Less what no two answers of an engine have in common: ids and the time of making."""
+    body = re.sub(rb"(chatcmpl|cmpl|resp|msg)([-_])[0-9a-f]+", rb"\1\2ID", body)
+    return re.sub(rb'("created(?:_at)?"):\d+', rb"\1:0", body)
+
+
+# ── bytes ───────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize("path", BODIES)
+def test_a_stream_is_the_engines_own_byte_for_byte(served: Hive, direct: Direct, path: str) -> None:
+    body = {**BODIES[path], "stream": True}
+    headers, sent = through(served, path, body)
+    own_headers, own = direct.ask(path, body)
+    assert same(b"".join(chunks(sent))) == same(b"".join(chunks(own)))
+    assert list(chunks(sent))[-1] == b""  # the last chunk: it says that it is whole
+    assert headers["content-type"] == own_headers["content-type"]
+    assert headers[":status"] == own_headers[":status"]
+
+
+@pytest.mark.parametrize("path", BODIES)
+def test_a_whole_answer_is_the_engines_own_byte_for_byte(
+    served: Hive, direct: Direct, path: str
+) -> None:
+    headers, sent = through(served, path, BODIES[path])
+    own_headers, own = direct.ask(path, BODIES[path])
+    assert same(sent) == same(own)
+    assert headers["content-length"] == own_headers["content-length"]
+    mine = {k: v for k, v in headers.items() if k not in {*HOP_BY_HOP, "x-request-id", "date"}}
+    theirs = {k: v for k, v in own_headers.items() if k not in {*HOP_BY_HOP, "date"}}
+    assert mine == theirs
+
+
+def test_an_engines_error_is_its_own_byte_for_byte(served: Hive, direct: Direct) -> None:
+    body = {"model": "m"}
+    headers, sent = through(served, CHAT, body)
+    own_headers, own = direct.ask(CHAT, body)
+    assert sent == own
+    assert headers[":status"] == own_headers[":status"] == "400 Bad Request"
+
+
+def test_each_token_is_a_chunk_of_its_own_as_it_comes(hive: Hive) -> None:
+    hive.model("m", "--token-s", "0.02")
+    hive.start()
+    _, sent = through(hive, CHAT, chat_body("m", "abc", stream=True, max_tokens=10))
+    pieces = list(chunks(sent))
+    # The opening, a token each, and the end: as many as the engine made, none held back.
+    assert len(pieces) >= 11
+    assert all(piece.endswith(b"\n\n") for piece in pieces[:-1])
+
+
+@awaited
+async def read_all(hive: Hive) -> None:
+    connector = aiohttp.TCPConnector(limit=0)
+    timeout = aiohttp.ClientTimeout(total=40)
+    async with aiohttp.ClientSession(hive.url, connector=connector, timeout=timeout) as session:
+
+        async def read(number: int) -> None:
+            body = chat_body("m", f"s{number}", stream=True, max_tokens=TOKENS)
+            async with session.post(CHAT, json=body) as answer:
+                assert answer.status == 200
+                events = (await answer.read()).decode().split("\n\n")
+            assert events[-2:] == ["data: [DONE]", ""]
+            made = [json.loads(event[6:])["choices"][0] for event in events[:-2]]
+            assert made[0]["delta"] == {"role": "assistant", "content": ""}
+            told = [choice["delta"]["content"] for choice in made[1:]]
+            assert told == [f"s{number}:{k} " for k in range(TOKENS)]
+            assert [choice["finish_reason"] for choice in made[-2:]] == [None, "length"]
+
+        async with asyncio.TaskGroup() as tasks:
+            for number in range(STREAMS):
+                tasks.create_task(read(number), name=f"client {number}")
+
+
+@pytest.mark.parametrize("pace", ["0", "0.01"])
+def test_two_hundred_streams_at_once_get_every_token_once_and_in_order(
+    hive: Hive, pace: str
+) -> None:
+    hive.model("m", "--token-s", pace, "--burst", "7", "--max-running", str(STREAMS))
+    hive.start()
+    read_all(hive)
+    assert hive.metric("hive_requests_total", model="m", status="200") == STREAMS
+    assert hive.metric("hive_in_flight", model="m") == 0
+
+
+# ── clients of all kinds ────────────────────────────────────────────────────────────────────────
+
+
+def test_a_slow_reader_slows_its_engine_down_and_costs_hive_no_memory(hive: Hive) -> None:
+    tokens = 30_000
+    hive.model("m", "--event-bytes", "1000", "--burst", "50")
+    hive.start()
+    assert hive.process
+    status = Path(f"/proc/{hive.process.pid}/status")
+    body = json.dumps(chat_body("m", "abc", stream=True, max_tokens=tokens)).encode()
+    head = f"POST {CHAT} HTTP/1.1\r\nHost: h\r\nContent-Length: {len(body)}\r\n\r\n".encode()
+    with hive.send_raw(head + body) as sock:
+        double = Double(hive.control("m"))
+        made = -1
+
+        def is_stuck() -> bool:
+            nonlocal made
+            before, made = made, double_tokens(double)
+            return made == before > 0
+
+        must(is_stuck, 10, "the engine waits for its reader")
+        assert made < tokens / 2
+        assert resident_mib(status) < 150  # not the 30 MB of the answer on top of hive's own
+        assert hive.chat().status == 200  # the others do not wait
+        sock.settimeout(20)
+        got = bytearray()
+        while not got.endswith(b"0\r\n\r\n"):
+            got += sock.recv(1 << 20)
+    text = b"".join(chunks(bytes(got).partition(b"\r\n\r\n")[2])).decode()
+    assert re.findall(r"abc:(\d+) ", text) == [str(k) for k in range(tokens)]
+
+
+def double_tokens(double: Double) -> int:
+    connection = double.ask_text("GET", "/metrics")
+    found = re.search(r"^vllm:generation_tokens_total\{.*\} (\S+)$", connection, re.MULTILINE)
+    assert found
+    return int(float(found[1]))
+
+
+def resident_mib(status: Path) -> float:
+    found = re.search(r"VmRSS:\s+(\d+) kB", status.read_text())
+    assert found
+    return int(found[1]) / 1024
+
+
+def test_a_client_of_http_1_0_gets_the_stream_without_chunks(served: Hive) -> None:
+    body = chat_body("m", "abc", stream=True, max_tokens=4)
+    headers, sent = through(served, CHAT, body, version="1.0")
+    assert "transfer-encoding" not in headers
+    assert sent.endswith(b"data: [DONE]\n\n")
+    assert re.findall(rb"abc:(\d) ", sent) == [b"0", b"1", b"2", b"3"]
+
+
+def test_a_client_that_waits_for_100_continue_is_told_to_go_on(served: Hive) -> None:
+    headers, _ = through(served, CHAT, chat_body("m"), "Expect: 100-continue\r\n")
+    assert headers[":status"] == "100 Continue"
+
+
+def test_one_connection_carries_many_requests(served: Hive) -> None:
+    connection = served.connect()
+    try:
+        for number in range(5):
+            body = json.dumps(chat_body("m", f"n{number}", stream=number % 2 == 0))
+            connection.request("POST", CHAT, body, {"Content-Type": "application/json"})
+            answer = connection.getresponse()
+            assert answer.status == 200
+            assert f"n{number}:0 ".encode() in answer.read()
+    finally:
+        connection.close()
+
+
+# ── headers ─────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_the_engine_gets_the_clients_headers_less_credentials_and_hops(served: Hive) -> None:
+    extra = (
+        "Authorization: Bearer secret\r\nX-Api-Key: secret\r\nCookie: a=secret\r\n"
+        "X-Request-Id: mine\r\nX-Custom: kept\r\nAccept: text/event-stream\r\nTE: trailers\r\n"
+    )
+    through(served, CHAT, chat_body("m"), extra)
+    told = Double(served.control("m")).requests[-1]["headers"]
+    assert told["x-custom"] == "kept"
+    assert told["accept"] == "text/event-stream"
+    assert told["x-request-id"] == "mine"
+    assert told["content-type"] == "application/json"
+    assert not told.keys() & {"authorization", "x-api-key", "cookie", "te"}
+    assert "secret" not in json.dumps(told)
+
+
+def test_the_query_of_the_path_reaches_the_engine(served: Hive) -> None:
+    headers, _ = through(served, CHAT + "?beta=true", chat_body("m"))
+    assert headers[":status"] == "200 OK"
+
+
+def test_the_engine_gets_the_body_byte_for_byte(served: Hive) -> None:
+    body = b'{ "model" : "m",\t"messages":[{"role":"user","content":"\\u00e9 tag=b"}], "x":1e2 }'
+    through(served, CHAT, body)
+    assert Double(served.control("m")).requests[-1]["body"] == body.decode()
+
+
+@pytest.mark.parametrize(
+    ("piece", "held"),
+    [
+        (b'data: {"id":1}\n\n', 0),
+        (b'data: {"id":1}\n\ndata: {"err', 11),
+        (b'data: {"id":1}\n\ndata: {"id', 0),
+        (b"data: x\n\neven", 4),
+        (b"d", 1),
+        (b"", 0),
+    ],
+)
+def test_an_error_cut_by_the_pieces_end_is_held_until_it_is_whole(piece: bytes, held: int) -> None:
+    assert begun_mark(piece) == held

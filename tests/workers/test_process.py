@@ -1,0 +1,583 @@
+"""Process trees behind their guard, with real processes: however it ends, nothing is left."""
+
+import asyncio
+import json
+import os
+import signal
+import subprocess
+import sys
+from collections.abc import AsyncIterator, Iterator, Sequence
+from contextlib import asynccontextmanager, suppress
+from pathlib import Path
+
+import pytest
+
+from hive.errors import WorkerSpawnFailed
+from hive.workers import guard, process
+from hive.workers.guard import Process
+from hive.workers.process import Exit, Launch, Place, Tree, read_record, sweep
+from tests.patience import awaited, short_directory, until, wait_until
+
+# Engines in miniature: each says "up" once it is what its name says.
+QUIET = "print('up', flush=True); signal.pause()"
+DEAF = f"signal.signal(signal.SIGTERM, signal.SIG_IGN); {QUIET}"
+# A grandchild in a session of its own, without a parent, deaf, and without hive's mark.
+ESCAPE = f"""
+if os.fork():
+    os.wait()
+    signal.pause()
+os.setsid()
+if os.fork():
+    os._exit(0)
+os.execve(sys.executable, [sys.executable, "-I", "-S", "-c", {"import os, signal; " + DEAF!r}], {{}})
+"""
+SHARE = f"""
+import mmap
+file = open("/dev/shm/" + os.environ["SHM_NAME"], "w+b")
+file.truncate(4096)
+mapped = mmap.mmap(file.fileno(), 4096)
+{QUIET}
+"""
+LITTER = f"""
+open(os.environ["TMPDIR"] + "/litter", "w").write("x")
+{QUIET}
+"""
+
+
+@pytest.fixture
+def home() -> Iterator[Path]:
+    with short_directory() as directory:
+        (directory / "w").mkdir()
+        yield directory
+
+
+@pytest.fixture
+def subreaper() -> Iterator[None]:
+    """Orphans of a killed guard come to us, as they come to hive."""
+    guard.become_subreaper()
+    yield
+    guard.prctl(guard.PR_SET_CHILD_SUBREAPER, 0)
+
+
+@pytest.fixture(autouse=True)
+def nothing_is_left() -> Iterator[None]:
+    """The leak gate: the processes, descriptors and shared memory of before (R153)."""
+    before = children(), open_files(), set(os.listdir("/dev/shm"))
+    yield
+    wait_until(lambda: children() <= before[0], "every process to be gone and reaped")
+    assert open_files() <= before[1]
+    assert {name for name in os.listdir("/dev/shm") if name.startswith("hivetest")} <= before[2]
+
+
+def children() -> set[int]:
+    return {process.pid for process in guard.descendants(os.getpid())}
+
+
+def open_files() -> set[str]:
+    return {fd for fd in os.listdir("/proc/self/fd") if os.path.exists(f"/proc/self/fd/{fd}")}
+
+
+def place_in(home: Path, name: str = "1") -> Place:
+    return Place(home / "w" / name, home / f"{name}.log")
+
+
+def launch(place: Place, code: str, vital: Sequence[str] = (), **env: str) -> Launch:
+    argv = [sys.executable, "-I", "-S", "-c", f"import os, signal, sys, time\n{code}"]
+    return Launch(argv, {"HIVE_MARK": place.mark, "TMPDIR": str(place.tmp), **env}, vital)
+
+
+@asynccontextmanager
+async def running(one: Launch, place: Place, ups: int = 1) -> AsyncIterator[Tree]:
+    """A tree of which so many processes said that they are up; ended whatever the test does."""
+    tree = await Tree.spawn(one, place)
+    try:
+        await until(lambda: place.log.read_text().count("up\n") >= ups, "the engine to be up")
+        yield tree
+    finally:
+        await tree.end(0)
+
+
+@asynccontextmanager
+async def started(place: Place, code: str, **env: str) -> AsyncIterator[Tree]:
+    async with running(launch(place, code, **env), place) as tree:
+        yield tree
+
+
+async def named(guard_pid: int, name: str) -> Process:
+    """The member of a tree that has a name."""
+    found = await until(
+        lambda: [p for p in guard.descendants(guard_pid) if p.name == name], f"a process {name}"
+    )
+    return found[0]
+
+
+async def members(place: Place, count: int) -> list[list[int]]:
+    """What the guard has written down, once it is `count` processes."""
+
+    def look() -> list[list[int]]:
+        with suppress(OSError, ValueError):
+            found: list[list[int]] = json.loads(place.record.read_text())["members"]
+            return found if len(found) == count else []
+        return []
+
+    return await until(look, f"{count} recorded members")
+
+
+# ── Ordinary ends ───────────────────────────────────────────────────────────────────────────────
+
+
+@awaited
+async def test_a_program_that_ends_by_itself_is_reported_with_its_status(home: Path) -> None:
+    place = place_in(home)
+    tree = await Tree.spawn(launch(place, "print('bye'); sys.exit(3)"), place)
+    exit_, gone = await tree.exited, await tree.gone
+
+    assert exit_ == Exit(code=3)
+    assert (exit_.cause, str(exit_)) == ("exit", "exit status 3")
+    assert (gone.how, gone.killed, gone.removed) == ("exit", 0, ())
+    assert not place.home.exists()
+    assert place.log.read_text().splitlines()[1:] == ["bye"]
+    assert place.log.read_text().startswith(guard.HEADER)
+
+
+@awaited
+async def test_an_end_without_an_error_is_an_end_all_the_same(home: Path) -> None:
+    """Status 0 unasked is a crash: the tree says what happened, the worker judges it."""
+    place = place_in(home)
+    tree = await Tree.spawn(launch(place, ""), place)
+
+    assert await tree.exited == Exit(code=0)
+    assert (await tree.gone).how == "exit"
+
+
+@awaited
+async def test_an_engine_that_dies_of_a_signal_is_reported_with_it(home: Path) -> None:
+    place = place_in(home)
+    tree = await Tree.spawn(launch(place, "os.kill(os.getpid(), signal.SIGSEGV)"), place)
+    exit_ = await tree.exited
+
+    assert exit_ == Exit(signal=signal.SIGSEGV)
+    assert (exit_.cause, str(exit_)) == ("signal", "signal SIGSEGV")
+    await tree.gone
+
+
+@awaited
+async def test_an_engine_that_obeys_is_ended_by_term_alone(home: Path) -> None:
+    """(R051)"""
+    async with started(place_in(home), QUIET) as tree:
+        gone = await tree.end(10)
+
+        assert (gone.how, gone.killed) == ("term", 0)
+        assert await tree.exited == Exit(signal=signal.SIGTERM)
+        assert repr(tree).endswith(" gone>")
+
+
+@awaited
+async def test_an_engine_that_ignores_term_is_killed_after_the_grace(home: Path) -> None:
+    """The graceful way first, the kill only then (R048, R051, R146)."""
+    async with started(place_in(home), DEAF) as tree:
+        gone = await tree.end(0.2)
+
+        assert (gone.how, gone.killed) == ("kill", 1)
+        assert await tree.exited == Exit(signal=signal.SIGKILL)
+
+
+@awaited
+async def test_a_stopped_engine_is_woken_to_end(home: Path) -> None:
+    async with started(place_in(home), QUIET) as tree:
+        os.kill(tree.pid, signal.SIGSTOP)
+        await until(lambda: (now := guard.look_at(tree.pid)) and now.state == "T", "the stop")
+
+        assert (await tree.end(10)).how == "term"
+
+
+@awaited
+async def test_ending_what_is_ending_or_gone_changes_nothing(home: Path) -> None:
+    """Close is idempotent (R026)."""
+    async with started(place_in(home), DEAF) as tree:
+        first, second = await asyncio.gather(tree.end(0.2), tree.end(60))
+
+        assert first is second
+        assert await tree.end(0) is first
+
+
+@awaited
+async def test_a_shorter_grace_hurries_an_end_that_has_begun(home: Path) -> None:
+    async with started(place_in(home), DEAF) as tree, asyncio.TaskGroup() as tasks:
+        patient = tasks.create_task(tree.end(600))
+        await asyncio.sleep(0)
+        assert (await tree.end(0)).how == "kill"
+        assert (await patient).how == "kill"
+
+
+# ── Whatever the engine leaves behind ───────────────────────────────────────────────────────────
+
+
+@awaited
+async def test_a_grandchild_that_left_the_session_is_ended_too(home: Path) -> None:
+    """Deaf, orphaned, without hive's mark: it is the guard's child all the same (R145, R153)."""
+    place = place_in(home)
+    async with started(place, ESCAPE) as tree:
+        assert len(await members(place, 2)) == 2
+        gone = await tree.end(0.2)
+
+        assert (gone.how, gone.killed) == ("kill", 1)
+
+
+@awaited
+async def test_what_a_killed_leader_leaves_is_ended_without_being_asked(home: Path) -> None:
+    place = place_in(home)
+    async with running(launch(place, f"os.fork(); {QUIET}"), place, ups=2) as tree:
+        os.kill(tree.pid, signal.SIGKILL)
+
+        assert await tree.exited == Exit(signal=signal.SIGKILL)
+        assert (await tree.gone).how == "term"
+
+
+@awaited
+async def test_the_end_of_a_vital_member_is_the_engines_end(home: Path) -> None:
+    """vLLM's API server outlives its core by seconds: hive does not wait for it to notice."""
+    place = place_in(home)
+    code = f"os.fork() or open('/proc/self/comm', 'w').write('core 7'); {QUIET}"
+    async with running(launch(place, code, vital=("core",)), place, ups=2) as tree:
+        core = await named(tree.guard_pid, "core 7")
+        # The guard looks once a second.
+        await until(lambda: _watches(tree.guard_pid, core.pid), "the guard to watch it")
+        os.kill(core.pid, signal.SIGKILL)
+        exit_ = await tree.exited
+
+        assert exit_.cause == "member_lost"
+        assert str(exit_) == f"its process core 7 (pid {core.pid}) ended"
+        assert guard.look_at(tree.pid) is not None
+
+
+def _watches(guard_pid: int, pid: int) -> bool:
+    """Whether the guard holds a pidfd of a process."""
+    for fd in os.listdir(f"/proc/{guard_pid}/fdinfo"):
+        with suppress(OSError):
+            if f"Pid:\t{pid}\n" in Path(f"/proc/{guard_pid}/fdinfo/{fd}").read_text():
+                return True
+    return False
+
+
+@awaited
+async def test_temporary_files_and_the_socket_go_with_the_tree(home: Path) -> None:
+    """(R145)"""
+    place = place_in(home)
+    async with started(place, LITTER) as tree:
+        assert (place.tmp / "litter").exists()
+        assert place.home.stat().st_mode & 0o777 == 0o700
+        await tree.end(5)
+
+        assert not place.home.exists()
+
+
+@awaited
+async def test_shared_memory_that_only_the_tree_mapped_is_removed_and_named(home: Path) -> None:
+    name = f"hivetest_{os.getpid()}"
+    async with started(place_in(home), SHARE, SHM_NAME=name) as tree:
+        gone = await tree.end(5)
+
+        assert gone.removed == (name,)
+        assert not Path("/dev/shm", name).exists()
+
+
+@awaited
+async def test_an_engine_has_a_session_of_its_own(home: Path) -> None:
+    """So Ctrl+C in hive's terminal reaches neither it nor its guard."""
+    async with started(place_in(home), QUIET) as tree:
+        ours, guards, engines = (os.getsid(pid) for pid in (0, tree.guard_pid, tree.pid))
+        await tree.end(5)
+
+        assert len({ours, guards, engines}) == 3
+
+
+@awaited
+async def test_an_engine_inherits_no_descriptor_and_no_variable(home: Path) -> None:
+    place = place_in(home)
+    code = "print(sorted(os.environ)); print(*os.listdir('/proc/self/fd'))"
+    tree = await Tree.spawn(launch(place, code, EXTRA="1"), place)
+    await tree.gone
+    _, env, files = place.log.read_text().splitlines()
+
+    assert set(eval(env)) - {"LC_CTYPE"} == {"EXTRA", "HIVE_MARK", "TMPDIR"}
+    assert set(files.split()) == {"0", "1", "2", "3"}  # 3 is the listing itself
+
+
+@awaited
+async def test_while_it_lives_the_tree_is_on_record(home: Path) -> None:
+    """For whoever must end it when the guard is killed too (R143)."""
+    place = place_in(home)
+    async with started(place, SHARE, SHM_NAME=(name := f"hivetest_{os.getpid()}")) as tree:
+        engine = guard.look_at(tree.pid)
+        assert engine is not None
+        await until(lambda: read_record(place.record)[1], "the shared memory on record")
+        recorded, shm = read_record(place.record)
+
+        assert recorded == {(engine.pid, engine.start)}
+        assert shm == {name: Path("/dev/shm", name).stat().st_ino}
+        assert json.loads(place.record.read_text())["mark"] == place.mark
+        assert json.loads(place.record.read_text())["guard"] == tree.guard_pid
+        await tree.end(5)
+
+
+def test_a_record_that_is_not_one_is_empty(tmp_path: Path) -> None:
+    for text in ("", "{", "[]", '{"members": [1], "shm": {}}', '{"members": []}'):
+        (tmp_path / "tree.json").write_text(text)
+        assert read_record(tmp_path / "tree.json") == (set(), {})
+    assert read_record(tmp_path / "gone.json") == (set(), {})
+
+
+@awaited
+async def test_a_flood_of_output_is_bounded_on_disk(
+    home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(process, "LOG_BYTES", 100_000)
+    monkeypatch.setattr(process, "LOG_FILES", 2)
+    place = place_in(home)
+    code = "for n in range(20000): print('line', n, 'x' * 50)"
+    tree = await Tree.spawn(launch(place, code), place)
+    await tree.gone
+    files = sorted(home.glob("1.log*"))
+
+    assert [path.name for path in files] == ["1.log", "1.log.1", "1.log.2"]
+    assert all(path.stat().st_size <= 100_000 for path in files)
+    assert "line 19999 " in files[0].read_text().splitlines()[-1]
+
+
+# ── Starts that fail ────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize("program", ["/nowhere/engine", "/etc/passwd", "/tmp"])
+@awaited
+async def test_a_program_that_cannot_be_run_fails_at_once_and_leaves_nothing(
+    home: Path, program: str
+) -> None:
+    place, before = place_in(home), children()
+    with pytest.raises(WorkerSpawnFailed) as caught:
+        await Tree.spawn(Launch([program], {}), place)
+    await until(lambda: not place.home.exists(), "the home to be removed")
+    await until(lambda: children() <= before, "the guard's end")
+
+    assert "could not be run" in caught.value.message
+    assert caught.value.public_details == {"expected": program}
+
+
+@awaited
+async def test_nothing_is_left_when_a_failed_start_is_reported(home: Path) -> None:
+    """What the docstring of spawn says."""
+    before = children()
+    left = []
+    for number in range(5):
+        place = place_in(home, str(number))
+        with pytest.raises(WorkerSpawnFailed):
+            await Tree.spawn(Launch(["/nowhere/engine"], {}), place)
+        left += [path for path in (place.home,) if path.exists()]
+    await until(lambda: children() <= before, "the guards' end")
+
+    assert left == []
+
+
+@awaited
+async def test_a_start_that_is_cancelled_leaves_nothing(home: Path) -> None:
+    """(R024)"""
+    for number in range(3):
+        place = place_in(home, str(number))
+        spawning = asyncio.ensure_future(Tree.spawn(launch(place, QUIET), place))
+        await until(place.home.exists, "the start to begin")
+        spawning.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await spawning
+
+        assert not place.home.exists()
+
+
+@awaited
+async def test_a_log_that_cannot_be_opened_fails_the_start(home: Path, subreaper: None) -> None:
+    place, before = Place(home / "w" / "1", home / "no" / "such" / "log"), children()
+    with pytest.raises(WorkerSpawnFailed, match="guard ended at its start"):
+        await Tree.spawn(launch(place, QUIET), place)
+    await until(lambda: not place.home.exists(), "the home to be removed")
+    await until(lambda: children() <= before, "the guard's end")
+
+
+# ── When the guard is killed ────────────────────────────────────────────────────────────────────
+
+
+@awaited
+async def test_a_tree_whose_guard_is_killed_is_ended_by_hive(home: Path, subreaper: None) -> None:
+    """The engine dies with its guard; what is left is adopted, ended and reaped."""
+    place = place_in(home)
+    async with started(place, ESCAPE) as tree:
+        await members(place, 2)
+        tree._grace_s = 0.2
+        os.kill(tree.guard_pid, signal.SIGKILL)
+        exit_, gone = await tree.exited, await tree.gone
+
+        assert exit_ == Exit(guard_lost=True)
+        assert (exit_.cause, str(exit_)) == ("guard_lost", "its guard was killed")
+        assert (gone.how, gone.killed) == ("kill", 1)
+        assert not place.home.exists()
+
+
+@awaited
+async def test_shared_memory_of_a_tree_without_a_guard_is_removed(
+    home: Path, subreaper: None
+) -> None:
+    name = f"hivetest_{os.getpid()}"
+    place = place_in(home)
+    async with started(place, SHARE, SHM_NAME=name) as tree:
+        await until(lambda: read_record(place.record)[1], "the shared memory on record")
+        os.kill(tree.guard_pid, signal.SIGKILL)
+
+        assert (await tree.gone).removed == (name,)
+
+
+@awaited
+async def test_a_guard_that_does_not_answer_is_killed_and_the_tree_ended(
+    home: Path, subreaper: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A stopped guard holds nobody up for ever (R048)."""
+    monkeypatch.setattr(process, "ANSWER_S", 0.1)
+    monkeypatch.setattr(guard, "KILL_S", 0.2)
+    async with started(place_in(home), DEAF) as tree:
+        os.kill(tree.guard_pid, signal.SIGSTOP)
+        gone = await tree.end(0.1)
+
+        assert await tree.exited == Exit(guard_lost=True)
+        assert gone.how in ("term", "kill")  # the engine dies with its guard
+
+
+@awaited
+async def test_a_guard_that_is_told_to_end_ends_its_tree(home: Path) -> None:
+    """As when the service manager ends everything at once."""
+    async with started(place_in(home), QUIET) as tree:
+        os.kill(tree.guard_pid, signal.SIGTERM)
+
+        assert await tree.exited == Exit(signal=signal.SIGTERM)
+        assert (await tree.gone).how == "term"
+
+
+# ── When hive is killed ─────────────────────────────────────────────────────────────────────────
+
+HIVE = """
+import asyncio, sys
+from pathlib import Path
+from hive.workers.process import Launch, Place, Tree
+
+async def main():
+    place = Place(Path(sys.argv[1]), Path(sys.argv[2]), mark=sys.argv[3])
+    env = {"HIVE_MARK": place.mark, "SHM_NAME": sys.argv[5]}
+    tree = await Tree.spawn(Launch([sys.executable, "-I", "-S", "-c", sys.argv[4]], env), place, 0.1)
+    print(tree.guard_pid, flush=True)
+    await tree.gone
+
+asyncio.run(main())
+"""
+
+
+class OtherHive:
+    """A hive in a process of its own, to be killed; its orphans come to us and are reaped."""
+
+    def __init__(self, place: Place, code: str) -> None:
+        self.place = place
+        self.shm = f"hivetest_{os.getpid()}"
+        code = f"import os, signal, sys\n{code}"
+        command = [sys.executable, "-c", HIVE, *map(str, (place.home, place.log)), place.mark]
+        self.process = subprocess.Popen([*command, code, self.shm], stdout=subprocess.PIPE)
+        assert self.process.stdout
+        self.guard_pid = int(self.process.stdout.readline())
+        wait_until(lambda: "up\n" in place.log.read_text(), "the engine to be up")
+
+    def tree(self) -> list[Process]:
+        """Those who live; the dead ones are reaped, as init would."""
+        known = [p for p in guard.every_process() if guard.mark_of(p.pid) == self.place.mark]
+        for child in guard.descendants(os.getpid()):
+            if child.state == "Z" and child.pid != self.process.pid:
+                with suppress(ChildProcessError):
+                    os.waitpid(child.pid, os.WNOHANG)
+        return known
+
+    def is_gone(self) -> bool:
+        return not self.tree() and guard.look_at(self.guard_pid) is None
+
+    def kill(self) -> None:
+        self.process.kill()
+        self.process.wait()
+        assert self.process.stdout
+        self.process.stdout.close()
+
+
+def test_when_hive_is_killed_the_guard_ends_the_tree(home: Path, subreaper: None) -> None:
+    """(R153)"""
+    hive = OtherHive(place_in(home), ESCAPE)
+    hive.kill()
+    wait_until(lambda: not hive.place.home.exists(), "the home to be removed")
+    wait_until(hive.is_gone, "the tree's end")
+
+
+def test_what_hive_and_its_guard_left_is_swept_at_the_next_start(
+    home: Path, subreaper: None
+) -> None:
+    """Killed together: processes, shared memory and files are found by the record (R145, R153)."""
+    hive = OtherHive(place_in(home), SHARE.replace(QUIET, ESCAPE))
+    wait_until(lambda: len(read_record(hive.place.record)[0]) == 2, "both members on record")
+    (escaped,) = (p for p in guard.descendants(hive.guard_pid) if p.session != p.pid)
+    # In one step, so that the guard cannot notice hive's end first.
+    os.kill(hive.guard_pid, signal.SIGSTOP)
+    hive.kill()
+    os.kill(hive.guard_pid, signal.SIGKILL)
+    wait_until(lambda: not hive.tree(), "those that die with the guard")
+    survivor = guard.look_at(escaped.pid)
+    assert survivor is not None
+
+    found = asyncio.run(sweep(home))
+
+    assert f"process {survivor.pid} ({survivor.name})" in found
+    assert f"shared memory {hive.shm}" in found
+    assert "directory 1" in found
+    assert not hive.place.home.exists()
+    wait_until(lambda: hive.is_gone() and guard.look_at(survivor.pid) is None, "the end of all")
+
+
+def test_the_sweep_touches_no_stranger(home: Path) -> None:
+    """A pid that was given to somebody else since, and shared memory of another's."""
+    shm = Path("/dev/shm", f"hivetest_{os.getpid()}")
+    shm.write_bytes(b"")
+    place = place_in(home)
+    place.home.mkdir()
+    with subprocess.Popen(["sleep", "600"]) as stranger:
+        now = guard.look_at(stranger.pid)
+        assert now is not None
+        record = {
+            "mark": "never",
+            "guard": 1,
+            "members": [[now.pid, now.start + 1]],
+            "shm": {shm.name: shm.stat().st_ino + 1},
+        }
+        place.record.write_text(json.dumps(record))
+        found = asyncio.run(sweep(home))
+        stranger.terminate()
+
+    assert found == ["directory 1"]
+    assert stranger.returncode == -signal.SIGTERM
+    assert shm.exists()
+    shm.unlink()
+
+
+@awaited
+async def test_a_sweep_of_nothing_finds_nothing(home: Path) -> None:
+    assert await sweep(home) == []
+    assert await sweep(home / "not there") == []
+
+
+@awaited
+async def test_a_home_without_a_usable_record_is_removed(home: Path) -> None:
+    for name, text in (("1", None), ("2", ""), ("3", "{")):
+        place = place_in(home, name)
+        place.home.mkdir()
+        if text is not None:
+            place.record.write_text(text)
+
+    assert await sweep(home) == ["directory 1", "directory 2", "directory 3"]
+    assert list((home / "w").iterdir()) == []

@@ -1,0 +1,456 @@
+"""One worker's life, on real processes: the engine double, and programs that fail at once."""
+
+import asyncio
+import os
+import signal
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, TypeVar
+
+import pytest
+
+from hive.errors import Conflict
+from hive.events import (
+    Announcer,
+    Event,
+    WorkerEnded,
+    WorkerExited,
+    WorkerMoved,
+    WorkerReady,
+    WorkerRestartPlanned,
+    WorkerStarted,
+)
+from hive.policy.lifecycle import State
+from hive.policy.restarts import RestartPolicy
+from hive.settings import Model, Timeouts
+from hive.workers import guard
+from hive.workers.command import CommandEngine
+from hive.workers.process import Place
+from hive.workers.worker import HINT_S, EngineOver, Worker, WorkerPlan
+from tests.doubles import engine_command
+from tests.patience import awaited, short_directory, until, wait_until
+
+E = TypeVar("E", bound=Event)
+
+NEVER = RestartPolicy(starts=0, window_s=300, backoff_s=0.01, backoff_max_s=0.01)
+TWICE = replace(NEVER, starts=2)
+PATIENT = RestartPolicy(starts=5, window_s=300, backoff_s=600, backoff_max_s=600)
+
+
+@pytest.fixture
+def home() -> Iterator[Path]:
+    with short_directory() as directory:
+        yield directory
+
+
+@pytest.fixture(autouse=True)
+def nothing_is_left() -> Iterator[None]:
+    """The leak gate (R153)."""
+    guard.become_subreaper()
+    before = {process.pid for process in guard.descendants(os.getpid())}
+    yield
+    wait_until(
+        lambda: {process.pid for process in guard.descendants(os.getpid())} <= before,
+        "every process to be gone",
+    )
+    guard.prctl(guard.PR_SET_CHILD_SUBREAPER, 0)
+
+
+class Stage:
+    """A worker, and everything that it announced."""
+
+    def __init__(self, home: Path, worker: dict[str, Any], command: list[str]) -> None:
+        self.events: list[Event] = []
+        announcer = Announcer()
+        announcer.listen(self.events.append)
+        model = Model.model_validate(
+            {"engine": "command", "device": "cpu", "command": command, "probe": "completion"}
+        )
+        self.numbers = 0
+        self.home = home
+        plan = WorkerPlan(
+            id="m-0",
+            model="m",
+            devices=("cpu",),
+            visible=None,
+            engine=CommandEngine("m", model),
+            timeouts=Timeouts(cleanup_s=0.5, load_s=100),
+            restarts=NEVER,
+            drain_s=10,
+            log=home / "m-0.log",
+        )
+        self.worker = Worker(replace(plan, **worker), self._place, announcer, chance=lambda: 0.0)
+
+    def _place(self, log: Path) -> Place:
+        self.numbers += 1
+        return Place(self.home / str(self.numbers), log)
+
+    def heard(self, kind: type[E]) -> list[E]:
+        return [event for event in self.events if isinstance(event, kind)]
+
+    @property
+    def moves(self) -> list[str]:
+        return [event.new for event in self.heard(WorkerMoved)]
+
+    @property
+    def pid(self) -> int:
+        assert self.worker.life
+        assert self.worker.life.tree
+        return self.worker.life.tree.pid
+
+
+def double(*flags: str) -> list[str]:
+    return engine_command("--uds", "{socket}", "--model", "m", *flags)
+
+
+FAILS = ["sh", "-c", "echo it will not work >&2; exit 3", "{socket}"]
+AT_REST = (State.STOPPED, State.FAILED, State.LOST)
+
+
+@asynccontextmanager
+async def working(
+    home: Path, *flags: str, command: list[str] | None = None, **plan: Any
+) -> AsyncIterator[Stage]:
+    """A worker whose task runs; at rest at the end."""
+    stage = Stage(home, plan, command or double(*flags))
+    async with asyncio.TaskGroup() as tasks:
+        running = tasks.create_task(stage.worker.run(), name="worker")
+        try:
+            yield stage
+        finally:
+            if stage.worker.state not in AT_REST:
+                await stage.worker.stop(drain=False)
+                await stage.worker.wait_for(*AT_REST)
+            running.cancel()
+
+
+@asynccontextmanager
+async def ready(home: Path, *flags: str, **plan: Any) -> AsyncIterator[Stage]:
+    async with working(home, *flags, **plan) as stage:
+        await stage.worker.start()
+        await stage.worker.wait_for(State.READY, State.FAILED)
+        assert stage.worker.state is State.READY, stage.worker.reason
+        yield stage
+
+
+# ── Starting and stopping ───────────────────────────────────────────────────────────────────────
+
+
+@awaited
+async def test_a_worker_becomes_ready_and_says_so(home: Path) -> None:
+    async with ready(home) as stage:
+        worker = stage.worker
+        view = worker.view()
+
+        assert stage.moves == ["STARTING", "LOADING", "READY"]
+        assert [event.unasked for event in stage.heard(WorkerStarted)] == [False]
+        assert stage.heard(WorkerReady)[0].load_s == worker.load_s
+        assert (view["id"], view["model"], view["state"]) == ("m-0", "m", "READY")
+        assert (view["device"], view["pid"], view["starts"]) == ("cpu", stage.pid, 1)
+        assert repr(worker) == "<Worker m-0 READY>"
+
+
+@awaited
+async def test_a_worker_that_is_stopped_leaves_nothing(home: Path) -> None:
+    """(R153)"""
+    async with ready(home, "--tmp", "2", "--shm", "1", "--core") as stage:
+        await stage.worker.stop()
+        await stage.worker.wait_for(State.STOPPED)
+
+        assert stage.moves[3:] == ["DRAINING", "STOPPING", "STOPPED"]
+        assert [event.cause for event in stage.heard(WorkerExited)] == ["asked"]
+        assert [event.how for event in stage.heard(WorkerEnded)] == ["term"]
+        assert [path.name for path in home.iterdir()] == ["m-0.log"]
+        assert stage.worker.view()["pid"] is None
+
+
+@awaited
+async def test_an_engine_that_ignores_term_is_killed_in_time(home: Path) -> None:
+    """(R048, R051)"""
+    async with ready(home, "--ignore-term", timeouts=Timeouts(cleanup_s=0.2)) as stage:
+        await stage.worker.stop()
+        await stage.worker.wait_for(State.STOPPED)
+        (ended,) = stage.heard(WorkerEnded)
+
+    assert ended.how == "kill"
+    assert ended.stop_s >= 0.2
+
+
+@awaited
+async def test_what_makes_no_sense_in_a_state_is_refused_and_says_why(home: Path) -> None:
+    async with working(home) as stage:
+        with pytest.raises(Conflict, match="m-0 is STOPPED; stop needs"):
+            await stage.worker.stop()
+    async with ready(home) as stage:
+        with pytest.raises(Conflict, match="m-0 is READY; start needs it to be STOPPED or FAILED"):
+            await stage.worker.start()
+
+
+@awaited
+async def test_a_restart_is_a_stop_and_a_start_and_counts_as_neither(home: Path) -> None:
+    """Nobody uses the policy up by asking: here it allows no start at all."""
+    async with ready(home) as stage:
+        before = stage.pid
+        await stage.worker.restart()
+        await stage.worker.wait_for(State.STARTING)
+        await stage.worker.wait_for(State.READY)
+
+        assert stage.pid != before
+        assert [event.unasked for event in stage.heard(WorkerStarted)] == [False, False]
+        assert stage.heard(WorkerRestartPlanned) == []
+        assert stage.worker.view()["unasked_restarts"] == 0
+
+
+@awaited
+async def test_a_stopped_worker_can_be_restarted(home: Path) -> None:
+    async with working(home) as stage:
+        await stage.worker.restart()
+        await stage.worker.wait_for(State.READY)
+
+
+@awaited
+async def test_a_worker_is_stopped_while_it_loads(home: Path) -> None:
+    async with working(home, "--load-s", "600") as stage:
+        await stage.worker.start()
+        await stage.worker.wait_for(State.LOADING)
+        await stage.worker.stop()
+        await stage.worker.wait_for(State.STOPPED)
+
+        assert stage.heard(WorkerReady) == []
+
+
+# ── READY ───────────────────────────────────────────────────────────────────────────────────────
+
+
+@awaited
+async def test_a_health_check_alone_makes_no_worker_ready(home: Path) -> None:
+    """An engine may answer it while its generation hangs or fails."""
+    journal = home / "journal"
+    async with working(home, "--answer-status", "500", "--journal", str(journal)) as stage:
+        await stage.worker.start()
+        await until(lambda: journal.exists() and asked(journal, "/v1/completions") > 1, "probes")
+
+        assert stage.worker.state is State.LOADING
+        assert stage.heard(WorkerReady) == []
+
+
+def asked(journal: Path, path: str) -> int:
+    """How often the double was asked for a path."""
+    return journal.read_text().count(f'"{path}"')
+
+
+@awaited
+async def test_an_engine_that_never_gets_up_is_given_up_in_time(home: Path) -> None:
+    """The error names the limit (R049)."""
+    limits = Timeouts(load_s=0.3, cleanup_s=0.5)
+    async with working(home, "--health-status", "503", timeouts=limits) as stage:
+        await stage.worker.start()
+        await stage.worker.wait_for(State.FAILED)
+        error = stage.worker.error
+
+        assert error
+        assert error.public_details == {"timeout_seconds": 0.3, "worker": "m-0"}
+        assert "not ready within 0.3 s: no answer to the health check yet" in error.message
+
+
+# ── Ends that nobody asked for ──────────────────────────────────────────────────────────────────
+
+
+@awaited
+async def test_a_crashed_worker_starts_again_by_itself(home: Path) -> None:
+    async with ready(home, restarts=TWICE) as stage:
+        before = stage.pid
+        os.kill(before, signal.SIGKILL)
+        await stage.worker.wait_for(State.STARTING)
+        await stage.worker.wait_for(State.READY)
+        (exited,) = stage.heard(WorkerExited)
+        (planned,) = stage.heard(WorkerRestartPlanned)
+
+        assert (exited.cause, exited.status, exited.asked) == ("signal", "signal SIGKILL", False)
+        assert (planned.starts, planned.allowed) == (1, 2)
+        assert [event.unasked for event in stage.heard(WorkerStarted)] == [False, True]
+        assert stage.pid != before
+        assert stage.worker.view()["unasked_restarts"] == 1
+
+
+@awaited
+async def test_an_engine_that_ends_with_status_0_unasked_has_crashed(home: Path) -> None:
+    async with ready(home) as stage:
+        os.kill(stage.pid, signal.SIGTERM)
+        await stage.worker.wait_for(State.FAILED)
+        (exited,) = stage.heard(WorkerExited)
+
+        assert (exited.cause, exited.status, exited.asked) == ("exit", "exit status 0", False)
+
+
+@awaited
+async def test_a_worker_whose_guard_is_killed_starts_again(home: Path) -> None:
+    async with ready(home, restarts=TWICE) as stage:
+        assert stage.worker.life
+        assert stage.worker.life.tree
+        os.kill(stage.worker.life.tree.guard_pid, signal.SIGKILL)
+        await stage.worker.wait_for(State.STARTING)
+        await stage.worker.wait_for(State.READY)
+
+        assert [event.cause for event in stage.heard(WorkerExited)] == ["guard_lost"]
+
+
+@awaited
+async def test_after_too_many_crashes_it_stays_failed_and_says_why(home: Path) -> None:
+    async with working(home, command=FAILS, restarts=TWICE) as stage:
+        await stage.worker.start()
+        await stage.worker.wait_for(State.FAILED)
+        worker = stage.worker
+
+        assert len(stage.heard(WorkerStarted)) == 3
+        assert worker.error
+        assert worker.error.code == "WORKER_CRASHED"
+        assert "gave up after 2 restarts within 300 s" in worker.reason
+        assert "exit status 3" in worker.reason
+        assert worker.view()["last_exit"] == "exit status 3"
+
+
+@awaited
+async def test_the_reason_of_a_crash_has_the_engines_last_words(home: Path) -> None:
+    for _ in range(5):
+        async with working(home, command=FAILS) as stage:
+            await stage.worker.start()
+            await stage.worker.wait_for(State.FAILED)
+
+            assert "it will not work" in stage.worker.reason
+
+
+@awaited
+async def test_an_operators_start_forgets_earlier_restarts(home: Path) -> None:
+    async with working(home, command=FAILS, restarts=TWICE) as stage:
+        for count in (3, 6):
+            await stage.worker.start()
+            await stage.worker.wait_for(State.FAILED)
+            assert len(stage.heard(WorkerStarted)) == count
+
+
+@awaited
+async def test_a_program_that_is_not_there_is_not_tried_again(home: Path) -> None:
+    """Starting again cannot heal it."""
+    command = ["/nowhere/engine", "{socket}"]
+    async with working(home, command=command, restarts=TWICE) as stage:
+        await stage.worker.start()
+        await stage.worker.wait_for(State.FAILED)
+
+        assert stage.heard(WorkerStarted) == []
+        assert stage.worker.counts.starts == 1
+        assert stage.worker.error
+        assert stage.worker.error.code == "WORKER_SPAWN_FAILED"
+
+
+@awaited
+async def test_a_pause_before_a_restart_ends_when_an_operator_starts_or_stops(home: Path) -> None:
+    async with working(home, command=FAILS, restarts=PATIENT) as stage:
+        await stage.worker.start()
+        await until(lambda: stage.heard(WorkerRestartPlanned), "a restart to be planned")
+        await stage.worker.wait_for(State.STARTING)
+        assert stage.heard(WorkerRestartPlanned)[0].delay_s == 600
+
+        await stage.worker.start()
+        await until(lambda: len(stage.heard(WorkerStarted)) == 2, "the second start")
+        await until(lambda: len(stage.heard(WorkerRestartPlanned)) == 2, "the second crash")
+        await stage.worker.wait_for(State.STARTING)
+
+        await stage.worker.stop()
+        await stage.worker.wait_for(State.STOPPED)
+
+
+@awaited
+async def test_a_start_during_a_stop_follows_it(home: Path) -> None:
+    limits = Timeouts(cleanup_s=0.3)
+    async with ready(home, "--ignore-term", timeouts=limits) as stage:
+        await stage.worker.stop(drain=False)
+        assert stage.worker.state is State.STOPPING
+        await stage.worker.start()
+        await stage.worker.wait_for(State.READY)
+
+        assert [event.unasked for event in stage.heard(WorkerStarted)] == [False, False]
+
+
+# ── Requests ────────────────────────────────────────────────────────────────────────────────────
+
+
+@awaited
+async def test_a_stop_waits_for_what_is_in_flight(home: Path) -> None:
+    async with ready(home) as stage:
+        worker = stage.worker
+        with worker.lease(), worker.lease():
+            assert worker.in_flight == 2
+            await worker.stop()
+            assert worker.state is State.DRAINING
+            assert stage.heard(WorkerExited) == []
+        await worker.wait_for(State.STOPPED)
+
+        assert worker.in_flight == 0
+
+
+@awaited
+async def test_a_stop_waits_no_longer_than_its_limit(home: Path) -> None:
+    async with ready(home, drain_s=0.1) as stage:
+        with stage.worker.lease():
+            await stage.worker.stop()
+            await stage.worker.wait_for(State.STOPPED)
+
+
+@awaited
+async def test_a_hasty_stop_ends_the_draining(home: Path) -> None:
+    async with ready(home, drain_s=600) as stage:
+        with stage.worker.lease():
+            await stage.worker.stop()
+            assert stage.worker.state is State.DRAINING
+            await stage.worker.stop(drain=False)
+            await stage.worker.wait_for(State.STOPPED)
+
+
+@awaited
+async def test_a_request_learns_at_once_that_its_engine_ended(home: Path) -> None:
+    async with ready(home) as stage:
+        with stage.worker.lease() as life:
+            os.kill(stage.pid, signal.SIGKILL)
+            with pytest.raises(EngineOver):
+                async with life.until_over():
+                    await asyncio.Event().wait()
+            exit_ = await life.over_within(5)
+
+            assert exit_
+            assert exit_.signal == signal.SIGKILL
+            assert not life.was_asked
+
+
+@awaited
+async def test_a_request_learns_that_its_engine_was_stopped_on_purpose(home: Path) -> None:
+    async with ready(home, drain_s=0) as stage:
+        with stage.worker.lease() as life:
+            assert await life.over_within(0) is None
+            await stage.worker.stop()
+            with pytest.raises(EngineOver):
+                async with life.until_over():
+                    await asyncio.Event().wait()
+
+            assert life.was_asked
+
+
+@awaited
+async def test_the_hint_is_the_measured_load_time_while_it_is_on_its_way(home: Path) -> None:
+    """None when waiting is no help (R030, R058)."""
+    async with working(home, "--load-s", "0.1") as stage:
+        worker = stage.worker
+        assert worker.ready_in_s is None
+        await worker.start()
+        assert worker.ready_in_s == HINT_S
+        await worker.wait_for(State.READY)
+        assert worker.ready_in_s is None
+
+        await worker.restart()
+        await worker.wait_for(State.LOADING)
+        assert worker.load_s
+        assert worker.ready_in_s
+        assert 0 < worker.ready_in_s <= max(0.5, worker.load_s)
+        await worker.wait_for(State.READY)
