@@ -42,8 +42,8 @@ bench: $(STAMP)
 	$(BIN)/python -m benchmarks
 
 # Many times over what `make test` does once; minutes, bounded, with a printed seed.
-soak: model
-	$(BIN)/python -m pytest steps tests --soak
+soak: $(STAMP)
+	$(BIN)/python -m pytest -s steps/test_kills.py --soak
 
 test-gpu: $(STAMP)
 	$(BIN)/python -m pytest -m gpu

@@ -27,3 +27,7 @@ def pytest_bdd_apply_tag(tag: str, function: Callable[..., object]) -> bool | No
         pytest.mark.requirement(tag)(function)
         return True
     return None
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--soak", action="store_true", help="Many times over what is done once.")

@@ -1,4 +1,4 @@
-"""Twenty kills of each of an engine's processes, at moments that chance chooses."""
+"""Twenty kills (`--soak`: two hundred) of each of an engine's processes, at moments that chance chooses."""
 
 import os
 import random
@@ -11,23 +11,24 @@ from steps.driver import Hive
 from steps.story import MODEL, WORKER, Story
 from steps.waiting import must
 
-KILLS = 20
+KILLS, MANY_KILLS = 20, 200
 KNOWN_S = 2.0  # within this the client knows
 SEED = int(os.environ.get("KILLS_SEED", "0")) or random.SystemRandom().randrange(1, 10**6)
 
 
 @pytest.mark.double
-@pytest.mark.timeout(120)
+@pytest.mark.timeout(1200)
 @pytest.mark.parametrize("victim", ["leader", "core", "guard"])
 def test_whoever_is_killed_whenever_the_client_knows_and_the_worker_heals(
-    hive: Hive, victim: str
+    hive: Hive, victim: str, pytestconfig: pytest.Config
 ) -> None:
+    kills = MANY_KILLS if pytestconfig.getoption("soak") else KILLS
     print(f"KILLS_SEED={SEED}")
     chance = random.Random(f"{SEED} {victim}")
-    hive.sections["restarts"] = {"starts": KILLS, "backoff_s": 0.01, "backoff_max_s": 0.02}
+    hive.sections["restarts"] = {"starts": kills, "backoff_s": 0.01, "backoff_max_s": 0.02}
     hive.model(MODEL, "--core", "--shm", "2", "--token-s", "0.005", "--tokens", "20000")
     hive.start()
-    for number in range(KILLS):
+    for number in range(kills):
         story = Story(hive)
         story.begin()
         story.client.wait_for_events(chance.randrange(20))
