@@ -17,6 +17,7 @@ NO_TWIN = {
     "telemetry/metrics": "what Prometheus scrapes: features/operating; names in tests/test_docs",
     "cli/client": "the way to a daemon: features/operating; its exit codes in tests/cli/test_init",
     "cli/serve": "starts the daemon: every feature; its exit codes in tests/cli/test_init",
+    "cli/engine": "its commands run in tests/cli/test_installing",
     "cli/status": "asks a daemon: features/operating",
     "cli/worker": "asks a daemon: features/operating",
     "devices/nvml": "needs a driver: scenarios with the driver's double and @gpu",

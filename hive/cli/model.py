@@ -12,7 +12,7 @@ from typing import Any
 
 import click
 
-from hive.cli.engine import sigterm_unwinds
+from hive.cli.installing import sigterm_unwinds
 from hive.cli.output import json_option, print_json
 from hive.errors import OperationTimeout, StorageWriteFailed, ValidationFailed, WorkerSpawnFailed
 from hive.workers import environment

@@ -18,14 +18,16 @@ from pathlib import Path
 import pytest
 
 from hive import cli
-from hive.cli.engine import Plan, Silent, build
+from hive.cli.engine import Silent
+from hive.cli.installing import Plan, build
 from hive.errors import ConfigInvalid, HiveError, InsufficientDisk, WorkerSpawnFailed
 from hive.workers import environment
 
 INSTALL = """
 import sys
 from pathlib import Path
-from hive.cli.engine import Lines, Plan, build, sigterm_unwinds
+from hive.cli.engine import Lines
+from hive.cli.installing import Plan, build, sigterm_unwinds
 with sigterm_unwinds():
     build(Plan(*map(Path, sys.argv[1:]), imports=("tinytorch",)), Lines())
 """
