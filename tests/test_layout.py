@@ -13,20 +13,13 @@ NO_TWIN = {
     "gateway/admin": "HTTP for operators: features/operating",
     "gateway/app": "the way of every request: features/serving",
     "gateway/inference": "routing to a worker: features/serving",
-    "telemetry/logs": "what an operator reads: features/operating",
-    "telemetry/metrics": "what Prometheus scrapes: features/operating; names in tests/test_docs",
     "cli/client": "the way to a daemon: features/operating; its exit codes in tests/cli/test_init",
     "cli/serve": "starts the daemon: every feature; its exit codes in tests/cli/test_init",
     "cli/engine": "its commands run in tests/cli/test_installing",
     "cli/status": "asks a daemon: features/operating",
     "cli/worker": "asks a daemon: features/operating",
-    "devices/nvml": "needs a driver: scenarios with the driver's double and @gpu",
     "workers/client": "asks an engine: tests/workers/test_worker",
-    "workers/command": "runs the engine double: tests/workers/test_worker",
-    "workers/fleet": "several workers at once: features/resilience",
     "workers/ports": "a Protocol, nothing that runs",
-    "workers/preflight": "what `hive check` says: features/operating",
-    "workers/vllm": "runs the real vLLM: tests/engine, features tagged @engine",
 }
 # Markers that nothing bears yet.
 PLANNED: set[str] = set()

@@ -104,7 +104,9 @@ class Metrics:
         match event:
             case RequestArrived():
                 self.in_flight.labels(event.model).inc()
-            case RequestEnded() if event.path.startswith("/hive/") or event.method == "GET":
+            case RequestEnded() if event.worker is None and (
+                event.path.startswith("/hive/") or event.method == "GET"
+            ):
                 pass  # operators' requests are not inference
             case RequestEnded():
                 self._count(event)

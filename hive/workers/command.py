@@ -69,7 +69,7 @@ class CommandEngine:
             "{model}": self.name,
             "{device}": ",".join(devices),
         }
-        argv = [program]
+        argv = [os.path.abspath(program)]  # the engine starts in another directory
         for part in self.model.command[1:]:
             for word, value in filled.items():
                 part = part.replace(word, value)  # noqa: PLW2901 (three small substitutions)

@@ -8,7 +8,7 @@ import os
 import shutil
 import stat
 import subprocess
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -95,12 +95,15 @@ def _check_model(name: str, model: Model, *, imports: bool) -> Iterator[Finding]
         else:
             yield Finding(subject, f"command {program}")
         return
-    try:
-        yield _check_files(name, model)
-        python = python_of(name, model)
-        yield _check_environment(subject, python, imports=imports)
-    except HiveError as exc:
-        yield Finding(subject, exc.message, exc)
+    looks: tuple[Callable[[], Finding], ...] = (
+        lambda: _check_files(name, model),
+        lambda: _check_environment(subject, python_of(name, model), imports=imports),
+    )
+    for look in looks:
+        try:
+            yield look()
+        except HiveError as exc:
+            yield Finding(subject, exc.message, exc)
 
 
 def _check_files(name: str, model: Model) -> Finding:

@@ -54,12 +54,15 @@ class VllmEngine:
     def launch(self, place: Place, devices: tuple[str, ...], visible: str | None) -> Launch:
         model = self.model
         assert model.path is not None
+        is_local = Path(model.path).is_dir()
+        path = str(Path(model.path).absolute()) if is_local else model.path
         argv = [
-            str(python_of(self.name, model)),
+            # Absolute, since the engine starts in another directory; a venv's python is a link.
+            str(python_of(self.name, model).absolute()),
             "-m",
             SERVER,
             "--model",
-            model.path,
+            path,
             "--served-model-name",
             self.name,
             "--uds",
@@ -73,7 +76,7 @@ class VllmEngine:
             "LMCACHE_DISABLE_BANNER": "1",
             "PYTHONHASHSEED": "0",
         }
-        if Path(model.path).is_dir():
+        if is_local:
             extra["HF_HUB_OFFLINE"] = "1"  # everything is there: nothing may be fetched instead
         if len(devices) > 1:
             argv += ["--tensor-parallel-size", str(len(devices))]

@@ -1,0 +1,173 @@
+"""The log: one JSON object a line, at the level that the fact deserves, without secrets."""
+
+import io
+import json
+import logging
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import structlog
+
+from hive.errors import HiveError, every_error
+from hive.events import (
+    DaemonMoved,
+    Event,
+    RequestArrived,
+    RequestEnded,
+    WorkerEnded,
+    WorkerExited,
+    WorkerMoved,
+    WorkerReady,
+    WorkerRestartPlanned,
+    WorkerStarted,
+    request_id_var,
+)
+from hive.telemetry import logs
+
+KEY = "hive_" + "k" * 43
+ENDED = RequestEnded(
+    request_id="r1",
+    method="POST",
+    path="/v1/chat/completions",
+    status=200,
+    model="m",
+    worker="m-0",
+    code=None,
+    key=None,
+    seconds=1.23456789,
+    first_byte_s=0.1,
+    bytes_in=10,
+    bytes_out=20,
+)
+Lines = Callable[[], list[dict[str, Any]]]
+
+
+@pytest.fixture
+def lines(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[Lines]:
+    """hive's logging, configured (the level is the parameter); what it has written since the last look."""
+    written = io.StringIO()
+    monkeypatch.setattr(sys, "stderr", written)
+    root = logging.getLogger()
+    level = root.level
+    logs.configure(getattr(request, "param", "info"))
+
+    def look() -> list[dict[str, Any]]:
+        text = written.getvalue()
+        written.seek(0)
+        written.truncate()
+        return [json.loads(line) for line in text.splitlines()]
+
+    try:
+        yield look
+    finally:
+        root.handlers = []  # pytest puts its own in for every phase of a test
+        root.setLevel(level)
+        structlog.reset_defaults()
+
+
+def test_a_fact_is_one_line_with_its_time_level_and_logger(lines: Lines) -> None:
+    logs.write(WorkerReady("m-0", "m", 2.5))
+    (line,) = lines()
+
+    assert line.pop("timestamp").endswith("Z")
+    assert line == {
+        "event": "worker ready",
+        "level": "info",
+        "logger": "hive",
+        "worker": "m-0",
+        "model": "m",
+        "load_s": 2.5,
+    }
+
+
+def test_a_request_is_one_line_when_it_ends_without_what_is_unknown(lines: Lines) -> None:
+    logs.write(RequestArrived("r1", "m", "/v1/chat/completions"))
+    logs.write(ENDED)
+    (line,) = lines()
+
+    assert (line["event"], line["request_id"], line["status"]) == ("request", "r1", 200)
+    assert line["seconds"] == 1.2346
+    assert {"code", "key"} & set(line) == set()
+
+
+@pytest.mark.parametrize("error", list(every_error()), ids=lambda cls: cls.code)
+def test_a_requests_level_is_its_errors(lines: Lines, error: type[HiveError]) -> None:
+    """(C29)"""
+    logging.getLogger().setLevel(logging.DEBUG)
+    logs.write(replace(ENDED, status=error.status, code=error.code))
+    (line,) = lines()
+
+    assert line["level"] == error.level
+    assert line["code"] == error.code
+
+
+@pytest.mark.parametrize(
+    ("event", "level"),
+    [
+        (WorkerStarted("m-0", "m", 7, unasked=False), "info"),
+        (WorkerMoved("m-0", "m", "LOADING", "READY"), "info"),
+        (WorkerMoved("m-0", "m", "STOPPING", "FAILED"), "error"),
+        (WorkerMoved("m-0", "m", "STOPPING", "LOST"), "error"),
+        (WorkerExited("m-0", "m", "asked", "exit status 0", asked=True), "info"),
+        (WorkerExited("m-0", "m", "exit", "exit status 0", asked=False), "error"),
+        (WorkerRestartPlanned("m-0", "m", 1.0, 1, 5), "warning"),
+        (WorkerEnded("m-0", "m", "term", 0.1, 0), "info"),
+        (WorkerEnded("m-0", "m", "kill", 5.1, 3), "warning"),
+        (DaemonMoved("listening"), "info"),
+    ],
+)
+def test_each_fact_has_the_level_that_it_deserves(lines: Lines, event: Event, level: str) -> None:
+    logs.write(event)
+    (line,) = lines()
+
+    assert line["level"] == level
+
+
+@pytest.mark.parametrize("path", ["/livez", "/readyz", "/metrics"])
+def test_probes_are_not_logged_unless_they_are_refused(lines: Lines, path: str) -> None:
+    logs.write(replace(ENDED, method="GET", path=path, model=None, worker=None))
+    assert lines() == []
+
+    logs.write(replace(ENDED, method="GET", path=path, status=401, code="UNAUTHORIZED"))
+    assert len(lines()) == 1
+
+
+def test_every_line_made_for_a_request_carries_its_id(lines: Lines) -> None:
+    """Also those of libraries, which log as the standard library does."""
+    token = request_id_var.set("r7")
+    try:
+        structlog.get_logger("x").warning("one")
+        logging.getLogger("aiohttp.server").warning("two of %d", 2)
+        logs.write(ENDED)
+    finally:
+        request_id_var.reset(token)
+    logging.getLogger("aiohttp.server").warning("three")
+
+    told = [(line["event"], line.get("request_id")) for line in lines()]
+    assert told == [("one", "r7"), ("two of 2", "r7"), ("request", "r1"), ("three", None)]
+
+
+def test_secrets_are_in_no_line(lines: Lines) -> None:
+    """Neither in a message nor in a field nor in a traceback (R076)."""
+    log = logging.getLogger("x")
+    log.warning("asked with Authorization: Bearer %s", KEY)
+    structlog.get_logger("x").warning("key", url=f"http://me:{KEY}@host/", given=KEY)
+    log.error("failed", exc_info=ValueError(f"cannot use {KEY}"))
+    logs.write(replace(ENDED, path=f"/v1/x?api_key={KEY}"))
+    written = lines()
+
+    assert len(written) == 4
+    assert KEY not in json.dumps(written)
+    assert all("[secret]" in json.dumps(line) for line in written)
+    assert "ValueError" in written[2]["exception"]
+
+
+@pytest.mark.parametrize("lines", ["error"], indirect=True)
+def test_what_is_below_the_configured_level_is_not_written(lines: Lines) -> None:
+    logs.write(WorkerReady("m-0", "m", 2.5))
+    logs.write(WorkerMoved("m-0", "m", "STOPPING", "FAILED", "gave up"))
+
+    assert [line["reason"] for line in lines()] == ["gave up"]
