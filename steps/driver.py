@@ -295,6 +295,8 @@ class Hive:
                 stdin=subprocess.DEVNULL,
                 cwd=ROOT,
                 env={**_environment(), **self.env},
+                # As a service has: a share of the CPU of its own, where the kernel shares by session.
+                start_new_session=True,
             )
         leaks.started_pids.add(self.process.pid)
 

@@ -9,6 +9,8 @@ from hive.settings import Model
 from hive.workers.client import EngineClient
 from hive.workers.process import Launch, Place
 
+CPU_NICE = 10
+
 # What is hive's alone: an engine that inherited NOTIFY_SOCKET could speak for hive to systemd.
 _NOT_INHERITED = ("HIVE_", "NOTIFY_SOCKET", "LISTEN_", "WATCHDOG_", "CUDA_VISIBLE_DEVICES")
 
@@ -47,6 +49,14 @@ async def probe_as(kind: str, client: EngineClient, health_path: str) -> None:
         await client.must("GET", health_path)
 
 
+def nice_on(devices: tuple[str, ...]) -> int:
+    """An engine that computes on the CPU leaves hive the time to answer while it does.
+
+    Seen: vLLM's spinning threads kept everything else waiting for seconds on two cores.
+    """
+    return CPU_NICE if devices == ("cpu",) else 0
+
+
 class CommandEngine:
     """Runs the configured command with {socket}, {model} and {device} filled in."""
 
@@ -74,7 +84,8 @@ class CommandEngine:
             for word, value in filled.items():
                 part = part.replace(word, value)  # noqa: PLW2901 (three small substitutions)
             argv.append(part)
-        return Launch([*argv, *self.model.args], engine_environment(self.model, place, visible))
+        env = engine_environment(self.model, place, visible)
+        return Launch([*argv, *self.model.args], env, nice=nice_on(devices))
 
     async def probe(self, client: EngineClient) -> None:
         await probe_as(self.probe_kind, client, self.health_path)

@@ -58,6 +58,15 @@ def prctl(option: int, value: int) -> None:
         raise OSError(ctypes.get_errno(), f"prctl({option}) failed")
 
 
+def be_nice(nice: int) -> None:
+    """Leave the CPU to others, as a process and, where the kernel groups by session, as a group."""
+    if nice:
+        with contextlib.suppress(OSError):
+            os.nice(nice)
+        with contextlib.suppress(OSError):
+            Path("/proc/self/autogroup").write_text(str(nice))
+
+
 def watch_shared_memory() -> int | None:
     """A descriptor that is readable when a name appears in /dev/shm; None where that is refused."""
     libc = ctypes.CDLL(None, use_errno=True)
@@ -314,6 +323,7 @@ class Guard:
             prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
             if os.getppid() != me:  # the guard died before the line above
                 os._exit(127)
+            be_nice(self.launch["nice"])
 
         try:
             # PDEATHSIG counts from the forking *thread*'s end, so this must be the main thread;

@@ -38,12 +38,14 @@ ANSWER_S = 2.0  # what the guard may need beyond the grace and the kill before h
 class Launch:
     """What to start: arguments, the whole environment, and which members it cannot live without.
 
-    `vital` are beginnings of process names (/proc/PID/comm, 15 characters).
+    `vital` are beginnings of process names (/proc/PID/comm, 15 characters). `nice` is how much the
+    engine leaves the CPU to others.
     """
 
     argv: Sequence[str]
     env: Mapping[str, str]
     vital: Sequence[str] = ()
+    nice: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -168,6 +170,7 @@ class Tree(asyncio.Protocol):
             argv=list(launch.argv),
             env=dict(launch.env),
             vital=list(launch.vital),
+            nice=launch.nice,
             cwd=str(place.cwd),
             home=str(place.home),
             record=str(place.record),

@@ -5,7 +5,7 @@ from pathlib import Path
 from hive.errors import WorkerSpawnFailed
 from hive.settings import Model
 from hive.workers.client import EngineClient
-from hive.workers.command import engine_environment, probe_as
+from hive.workers.command import engine_environment, nice_on, probe_as
 from hive.workers.environment import managed_python
 from hive.workers.process import Launch, Place
 
@@ -85,7 +85,7 @@ class VllmEngine:
         elif model.kv_cache_gib:
             argv += ["--kv-cache-memory-bytes", str(int(model.kv_cache_gib * 2**30))]
         env = engine_environment(model, place, visible, extra)
-        return Launch([*argv, *model.args], env, VITAL)
+        return Launch([*argv, *model.args], env, VITAL, nice_on(devices))
 
     async def probe(self, client: EngineClient) -> None:
         kind = self.model.probe or await self._task(client)

@@ -101,6 +101,11 @@ def test_a_cpu_engine_can_see_no_gpu() -> None:
     assert "gpu" not in " ".join(started.argv[1:]).lower()
 
 
+def test_an_engine_that_computes_on_the_cpu_leaves_hive_the_time_to_answer() -> None:
+    assert launch().nice > 0
+    assert launch("cuda:0", UUID).nice == 0
+
+
 def test_several_devices_are_one_tensor_parallel_worker() -> None:
     started = launch(["cuda:0", "cuda:1"], "GPU-a,GPU-b")
 
