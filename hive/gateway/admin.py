@@ -158,13 +158,15 @@ class Admin:
         lines = _whole_number(request.query.get("lines", str(LOG_LINES)), "lines", LOG_LINES_MOST)
         path = worker.plan.log
         if not path.exists():
-            raise NotFound("The worker has written no log yet: it was never started.")
+            raise NotFound(
+                "There is no log of this worker: it was never started, or the log was removed."
+            )
         response = web.StreamResponse(headers={"Content-Type": "text/plain; charset=utf-8"})
         # Open first, then read up to where it stands: nothing is lost or told twice between.
         with path.open("rb") as file:
             text, position = await asyncio.to_thread(_last_lines, path, file.fileno(), lines)
             await response.prepare(request)
-            await response.write(_shown(text))
+            await response.write(await asyncio.to_thread(_shown, text))
             file.seek(position)
             if request.query.get("follow") in ("1", "true"):
                 await self._follow(path, file.fileno(), response)
@@ -224,6 +226,6 @@ def _was_rotated(path: Path, fd: int) -> bool:
 
 
 def _whole_number(text: str, name: str, most: int) -> int:
-    if not text.isascii() or not text.isdigit() or int(text) > most:
+    if not text.isascii() or not text.isdigit() or len(text) > len(str(most)) or int(text) > most:
         raise ValidationFailed(f"'{name}' must be a whole number from 0 to {most}.", param=name)
     return int(text)

@@ -75,6 +75,8 @@ class Gateway:
             error = _from_aiohttp(exc)
         except (asyncio.CancelledError, ClientLeft):
             raise
+        except ConnectionError as exc:  # a reader of events or of a log left
+            raise ClientLeft from exc
         except Exception:  # the boundary: an unforeseen error is logged whole and told bare (C19)
             log.exception("unexpected error in a request")
             error = InternalError("hive met an unexpected condition while handling the request.")

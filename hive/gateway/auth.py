@@ -49,7 +49,7 @@ def needed_scope(path: str) -> str | None:
 
 def fingerprint(presented: str) -> str:
     """Six hexadecimal digits that tell keys apart in a log without giving them away."""
-    return hashlib.sha256(presented.encode()).hexdigest()[:6]
+    return hashlib.sha256(presented.encode(errors="surrogateescape")).hexdigest()[:6]
 
 
 class Doorkeeper:
@@ -76,7 +76,7 @@ class Doorkeeper:
         return caller
 
     def _find(self, presented: str) -> Caller:
-        digest = hashlib.sha256(presented.encode()).digest()
+        digest = hashlib.sha256(presented.encode(errors="surrogateescape")).digest()
         found = None
         for known, caller in self._keys:  # all of them: the time must not tell which one matched
             if hmac.compare_digest(known, digest):

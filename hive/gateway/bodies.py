@@ -20,7 +20,7 @@ from hive.settings import Server
 
 MIB = 2**20
 _BOUNDARY = re.compile(r'boundary="?([^";,]{1,200})"?', re.IGNORECASE)
-_FIELD_NAME = re.compile(rb'name="([^"]*)"')
+_FIELD_NAME = re.compile(rb'(?:[;\s])name="([^"]*)"')
 _MODEL_BYTES = 256
 
 
@@ -48,7 +48,7 @@ class Intake:
 
         Raises PayloadTooLarge, RequestTimeout (phase body), HttpError 415, ServiceUnavailable.
         """
-        encoding = request.headers.get("Content-Encoding", "identity").lower()
+        encoding = request.headers.get("Content-Encoding", "").lower() or "identity"
         if encoding != "identity":
             raise HttpError(
                 "The body has a Content-Encoding; hive and its engines take plain bodies only.",
@@ -85,7 +85,9 @@ class Intake:
                 raise ValidationFailed("The request's body is not valid HTTP.") from exc
             except ConnectionError as exc:
                 raise RequestCancelled from exc
-            yield b"".join(parts)
+            body = b"".join(parts)
+            parts.clear()  # else a body is held twice
+            yield body
         finally:
             self.held -= size
 
@@ -139,7 +141,7 @@ def _model_in_multipart(body: bytes, content_type: str) -> str:
     boundary = _BOUNDARY.search(content_type)
     if boundary is None:
         raise ValidationFailed("The multipart body has no boundary in its Content-Type.")
-    for head, content in _parts(body, boundary[1].strip().encode()):
+    for head, content in _parts(body, boundary[1].strip().encode(errors="surrogateescape")):
         name = _FIELD_NAME.search(head)
         if name and name[1] == b"model":
             if not content or len(content) > _MODEL_BYTES:

@@ -165,6 +165,7 @@ class Relay:
             if name.lower() not in _HOP_BY_HOP
         )
         headers["X-Request-Id"] = passage.request_id
+        headers.setdefault("Server", "hive")  # else the library would name itself and its version
         return headers
 
     async def _crash(self, life: Life, passage: Passage) -> HiveError | None:

@@ -7,7 +7,7 @@ far: no message of hive is made from a request's content.
 import re
 
 # user:password in a URL, up to the last @ before its path
-_USERINFO = re.compile(r"(?<=://)[^/\s]*:[^/\s]+(?=@)")
+_USERINFO = re.compile(r"(?<=://)[^/\s:]*:[^/\s]+(?=@)")
 _BEARER = re.compile(r"""(?i:(?<=bearer\ ))[^\s"',;]{8,}""")  # shorter is prose
 # name = value, name: value, "name": "value", 'name': ['value']
 _NAMED = re.compile(

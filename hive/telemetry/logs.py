@@ -9,6 +9,7 @@ from dataclasses import asdict
 from typing import Any
 
 import structlog
+from aiohttp.http import HttpProcessingError
 from structlog.types import EventDict, Processor
 
 from hive.errors import by_code
@@ -51,6 +52,16 @@ def _redacted(_logger: Any, _name: str, line: EventDict) -> EventDict:
     return line
 
 
+def _bad_http(record: logging.LogRecord) -> bool:
+    """What a client sent that is not HTTP is its fault: a line without a traceback."""
+    error = record.exc_info[1] if record.exc_info else None
+    if isinstance(error, HttpProcessingError):
+        record.msg, record.args = "a request that is not HTTP was refused", ()
+        record.levelno, record.levelname = logging.INFO, "INFO"
+        record.exc_info = record.exc_text = None
+    return True
+
+
 def configure(level: str) -> None:
     """Send everything, the standard library's logging included, to stderr in one form."""
     shared: list[Processor] = [
@@ -72,6 +83,7 @@ def configure(level: str) -> None:
             processors=[structlog.stdlib.ProcessorFormatter.remove_processors_meta, *last],
         )
     )
+    logging.getLogger("aiohttp.server").addFilter(_bad_http)
     root = logging.getLogger()
     root.handlers = [handler]
     root.setLevel(_LEVELS[level])

@@ -63,6 +63,8 @@ class Fleet:
 
     def _new_place(self, log: Path) -> Place:
         homes = self._settings.server.runtime_dir / "w"
+        for directory in (homes.parent, homes):  # somebody may have tidied them away
+            directory.mkdir(mode=0o700, exist_ok=True)
         home = homes / str(next(self._numbers))
         while home.exists():  # of a tree that is LOST, or of an earlier life
             home = homes / str(next(self._numbers))

@@ -206,6 +206,7 @@ class Log:
         self._open()
 
     def _open(self) -> None:
+        os.makedirs(os.path.dirname(self.path), mode=0o700, exist_ok=True)
         flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
         self.fd = os.open(self.path, flags, 0o600)
         self.size = os.fstat(self.fd).st_size
@@ -222,8 +223,9 @@ class Log:
             older = f"{self.path}.{number - 1}" if number > 1 else self.path
             with contextlib.suppress(FileNotFoundError):
                 os.replace(older, f"{self.path}.{number}")
-        os.close(self.fd)
-        self._open()
+        full, self.size = self.fd, 0  # 0: a rotation that fails is not tried again at each line
+        self._open()  # first: where it fails, the old file stays open and takes the lines
+        os.close(full)
 
 
 class Record:
@@ -254,13 +256,15 @@ class Record:
 class Guard:
     """One engine's parent; everything happens in one thread, in `run`."""
 
-    def __init__(self, control: socket.socket, launch: dict[str, Any]) -> None:
+    def __init__(
+        self, control: socket.socket, launch: dict[str, Any], received: bytes = b""
+    ) -> None:
         self.control = control
         self.launch = launch
         self.log = Log(launch["log"], launch["log_bytes"], launch["log_files"])
         self.record = Record(launch["record"], launch["mark"])
         self.selector = selectors.DefaultSelector()
-        self.received = b""
+        self.received = received  # what hive sent right after the launch
         self.leader: subprocess.Popen[bytes] | None = None
         self.leader_over = False
         self.is_orphan = False  # hive is gone
@@ -289,6 +293,7 @@ class Guard:
                 appeared, selectors.EVENT_READ, lambda: self._look_soon(appeared)
             )
         next_look = 0.0
+        self._obey(b"")
         while True:
             news = self._reap()
             now = time.monotonic()
@@ -402,6 +407,9 @@ class Guard:
             self.is_orphan = True
             self._begin_end(self.launch["grace_s"])
             return
+        self._obey(more)
+
+    def _obey(self, more: bytes) -> None:
         self.received += more
         *lines, self.received = self.received.split(b"\n")
         for line in lines:
@@ -491,12 +499,21 @@ def main() -> int:
     os.set_inheritable(control.fileno(), False)
     prctl(PR_SET_NAME, ctypes.cast(ctypes.c_char_p(b"hive-guard"), ctypes.c_void_p).value or 0)
     text = b""
-    while not text.endswith(b"\n"):
+    while b"\n" not in text:
         more = control.recv(1 << 20)
         if not more:
             return 0  # hive died before it said what to start
         text += more
-    return Guard(control, json.loads(text)).run()
+    first, _, rest = text.partition(b"\n")
+    launch = json.loads(first)
+    try:
+        guard = Guard(control, launch, rest)
+    except OSError as exc:  # no log can be written
+        shutil.rmtree(launch["home"], ignore_errors=True)
+        news = {"event": "spawn_failed", "error": exc.strerror, "file": exc.filename}
+        control.sendall(json.dumps(news).encode() + b"\n")
+        return 1
+    return guard.run()
 
 
 if __name__ == "__main__":

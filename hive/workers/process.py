@@ -31,6 +31,7 @@ log = logging.getLogger(__name__)
 LOG_BYTES = 8 * 1024 * 1024  # per file, one current and LOG_FILES older ones
 LOG_FILES = 3
 LOOK_S = 0.02  # how often an adopted tree is looked at
+START_S = 10.0  # the guard starts in milliseconds
 ANSWER_S = 2.0  # what the guard may need beyond the grace and the kill before hive takes over
 
 
@@ -124,6 +125,8 @@ class Tree(asyncio.Protocol):
         self.exited: asyncio.Future[Exit] = loop.create_future()
         self.gone: asyncio.Future[Gone] = loop.create_future()
         self.survived: asyncio.Future[list[dict[str, Any]]] = loop.create_future()
+        # A failed start may have nobody left to hear of it: that is no forgotten exception.
+        self.started.add_done_callback(lambda done: done.cancelled() or done.exception())
         self._transport: asyncio.WriteTransport | None = None
         self._guard: subprocess.Popen[bytes] | None = None
         self._received = b""
@@ -181,7 +184,11 @@ class Tree(asyncio.Protocol):
             grace_s=grace_s,
         )
         try:
-            await asyncio.shield(tree.started)
+            await asyncio.wait_for(asyncio.shield(tree.started), START_S)
+        except TimeoutError:
+            tree._guard.kill()  # its end starts the takeover
+            await asyncio.shield(tree.gone)
+            raise WorkerSpawnFailed("The engine's guard did not answer at its start.") from None
         except asyncio.CancelledError:
             await asyncio.shield(tree.end(0))
             raise

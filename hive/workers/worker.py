@@ -119,6 +119,7 @@ class Message:
     handled: "asyncio.Future[bool] | None" = None  # True: the state changed
     before: Callable[[], None] | None = None  # runs in the task, before the move …
     after: Callable[[], None] | None = None  # … and after it
+    decide: Callable[[], tuple[News, str]] | None = None  # instead of `news` and `reason`
 
 
 @dataclass(slots=True)
@@ -290,9 +291,10 @@ class Worker:
             return
         if message.before:
             message.before()
-        old, new = self.state, step(self.state, message.news)
+        news, reason = message.decide() if message.decide else (message.news, message.reason)
+        old, new = self.state, step(self.state, news)
         if new is not old:
-            self._move(new, message.reason, tasks)
+            self._move(new, reason, tasks)
         if message.after:
             message.after()
         if message.handled and not message.handled.done():
@@ -337,7 +339,11 @@ class Worker:
                 await asyncio.wait_for(self._hurry.wait(), self._pause_s)
         self._is_fatal = False
         self.counts.starts += 1
-        place = self._new_place(self.plan.log)
+        try:
+            place = self._new_place(self.plan.log)
+        except OSError as exc:
+            self._report(News.SPAWN_FAILED, None, f"could not start: {exc.strerror}")
+            return
         life = self.life = Life(self.counts.starts, place, self.model)
         try:
             launch = self.plan.engine.launch(place, self.plan.devices, self.plan.visible)
@@ -420,21 +426,21 @@ class Worker:
                 WorkerEnded(self.id, self.model, gone.how, time.monotonic() - began, gone.killed)
             )
         self.life = None
-        self._decide_what_follows()
+        # Decided where it is handled: what is asked until then still counts.
+        self._inbox.put_nowait(Message(News.GONE, None, "", decide=self._what_follows))
 
-    def _decide_what_follows(self) -> None:
+    def _what_follows(self) -> tuple[News, str]:
         self._pause_s, self._unasked = 0.0, False
         if not self._wanted_up:
-            self._report(News.GONE, None, self.reason)
-        elif self._restart_asked:
+            return News.GONE, self.reason
+        if self._restart_asked:
             self._restart_asked = False
-            self._report(News.RESTART_DUE, None, "restart was asked")
-        elif self._is_fatal:
-            self._report(News.GAVE_UP, None, self.reason)
-        else:
-            self._restart_or_give_up()
+            return News.RESTART_DUE, "restart was asked"
+        if self._is_fatal:
+            return News.GAVE_UP, self.reason
+        return self._restart_or_give_up()
 
-    def _restart_or_give_up(self) -> None:
+    def _restart_or_give_up(self) -> tuple[News, str]:
         now, policy = time.monotonic(), self.plan.restarts
         pause_s = policy.pause_s(self.counts.unasked, now, self._chance())
         recent = policy.recent(self.counts.unasked, now)
@@ -445,17 +451,15 @@ class Worker:
             )
             if self.error is None:
                 self.error = WorkerCrashed(f"Worker {self.id} {why}.", worker=self.id)
-            self._report(News.GAVE_UP, None, why)
-            return
+            return News.GAVE_UP, why
         self.counts.unasked = (*recent, now)
         self._pause_s, self._unasked = pause_s, True
         count = len(self.counts.unasked)
         self._announcer.announce(
             WorkerRestartPlanned(self.id, self.model, pause_s, count, policy.starts)
         )
-        self._report(
+        return (
             News.RESTART_DUE,
-            None,
             f"restart {count} of {policy.starts} in {pause_s:.1f} s; {self.reason}",
         )
 

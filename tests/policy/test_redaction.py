@@ -1,6 +1,7 @@
 """What is planted in a text never leaves it, wherever it stands; what is no secret stays."""
 
 import string
+import time
 from base64 import urlsafe_b64encode
 
 import pytest
@@ -165,3 +166,11 @@ def test_a_metrics_name_is_no_key() -> None:
     name = "hive_event_loop_lag_seconds"
 
     assert without_secrets(name) == name
+
+
+def test_a_text_made_to_be_slow_is_not() -> None:
+    """Anybody may send a path, and it is looked through on hive's own event loop."""
+    began = time.process_time()
+    without_secrets("x://" + ":" * 200_000)
+    without_secrets("://" * 70_000)
+    assert time.process_time() - began < 5

@@ -291,3 +291,33 @@ def test_the_guard_needs_nothing_but_the_standard_library() -> None:
     loaded = subprocess.run(command, capture_output=True, text=True, check=True).stdout.split()
 
     assert set(loaded) <= sys.stdlib_module_names
+
+
+def test_an_end_that_comes_with_the_launch_is_obeyed_too(tmp_path: Path) -> None:
+    """hive may be told to stop a worker before its guard has read what to start."""
+    home = tmp_path / "home"
+    home.mkdir()
+    launch = {
+        "argv": [sys.executable, "-c", "import time; time.sleep(60)"],
+        "env": {},
+        "cwd": "/",
+        "home": str(home),
+        "record": str(home / "tree.json"),
+        "mark": "m",
+        "vital": [],
+        "nice": 0,
+        "log": str(tmp_path / "log"),
+        "log_bytes": 1000,
+        "log_files": 1,
+        "grace_s": 5,
+    }
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        end = {"do": "end", "grace_s": 5}
+        ours.sendall(b"".join(json.dumps(m).encode() + b"\n" for m in (launch, end)))
+        command = [sys.executable, "-I", "-S", guard.__file__, str(theirs.fileno())]
+        done = subprocess.run(command, pass_fds=[theirs.fileno()], timeout=30, check=True)
+        news = [json.loads(line)["event"] for line in ours.recv(65536).splitlines()]
+    assert done.returncode == 0
+    assert news == ["started", "exited", "gone"]
+    assert not home.exists()

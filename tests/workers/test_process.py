@@ -394,8 +394,9 @@ async def test_a_start_that_is_cancelled_leaves_nothing(home: Path) -> None:
 
 @awaited
 async def test_a_log_that_cannot_be_opened_fails_the_start(home: Path, subreaper: None) -> None:
-    place, before = Place(home / "w" / "1", home / "no" / "such" / "log"), children()
-    with pytest.raises(WorkerSpawnFailed, match="guard ended at its start"):
+    (home / "log").mkdir()  # in the way
+    place, before = Place(home / "w" / "1", home / "log"), children()
+    with pytest.raises(WorkerSpawnFailed, match="Is a directory"):
         await Tree.spawn(launch(place, QUIET), place)
     await until(lambda: not place.home.exists(), "the home to be removed")
     await until(lambda: children() <= before, "the guard's end")
