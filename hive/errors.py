@@ -318,7 +318,7 @@ class CudaDeviceNotFound(DeviceError):
     code = "CUDA_DEVICE_NOT_FOUND"
     level, severity = "error", Severity.CRITICAL
     summary = "The configured CUDA device does not exist on this host."
-    action = "Set the model's 'device' to one that 'hive devices' or nvidia-smi -L lists."
+    action = "Set the model's 'device' to one that nvidia-smi -L lists."
 
 
 class CudaDriverMissing(DeviceError):

@@ -44,7 +44,7 @@ def daemon_options(command: Any) -> Any:
 def address(url: str | None) -> str:
     """The daemon's URL: as given, else from the configuration, else the default port."""
     if url:
-        return url.rstrip("/")
+        return (url if "://" in url else f"http://{url}").rstrip("/")
     named = os.environ.get("HIVE_CONFIG")
     file = Path(named) if named else next((p for p in DEFAULT_FILES if p.is_file()), None)
     server: dict[str, Any] = {}
@@ -130,7 +130,11 @@ async def opened(
             f"The daemon did not answer within {timeout_s:g} s.",
             action="Look at the daemon's log, or allow more time with --timeout.",
         ) from exc
-    except (aiohttp.ClientConnectionError, aiohttp.InvalidURL) as exc:
+    except (
+        aiohttp.ClientConnectionError,
+        aiohttp.InvalidURL,
+        aiohttp.NonHttpUrlClientError,
+    ) as exc:
         raise DaemonUnreachable(f"The hive daemon cannot be reached at {base}.") from exc
 
 

@@ -93,7 +93,8 @@ def _fail(error: HiveError) -> None:
 def check(config: Path | None, as_json: bool, **server: Any) -> int:
     """Run the whole preflight without serving, and import each engine's environment.
 
-    Exit code 0 when `hive serve` would start, 1 otherwise.
+    Exit code 0 when nothing is wrong with configuration, devices, engines and models, 1 otherwise;
+    whether the port is free and no other hive runs is seen by `hive serve` alone.
     """
     from hive.workers import preflight
 

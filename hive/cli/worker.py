@@ -99,6 +99,8 @@ def _action(name: str, text: str) -> None:
             print(f"{found['id']}: {found['state']} ({found['reason']})")
         if not wait_s or found["state"] in good:
             return 0
+        if found["state"] not in bad:
+            print(f"hive: not {' or '.join(good)} within {wait_s:g} s", file=sys.stderr)
         return 1 if found["state"] in bad else 124
 
 
