@@ -194,7 +194,10 @@ def test_force_builds_it_again_and_tells_each_package(
     build(made, told, force=True)
 
     assert not stray.exists()
-    assert [step[:2] for step in told.steps] == [(1, 4), (2, 4), (4, 4)]
+    done = [step[0] for step in told.steps]
+    assert {step[1] for step in told.steps} == {4}
+    # How many are on the disk is looked up now and then: one step may stand for both packages.
+    assert done in ([1, 2, 4], [1, 2, 3, 4])
     assert [what for _, _, what in told.steps[:2]] == [
         "fetching tinylib==2.0",
         "fetching tinytorch==1.0+cpu",
