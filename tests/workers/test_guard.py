@@ -43,7 +43,7 @@ def test_a_process_is_described_as_the_kernel_does(sleeper: subprocess.Popen[byt
 
     assert process.ppid == os.getpid()
     assert process.session == os.getsid(0)
-    assert process.state in "SR"
+    assert process.state in "SRD"
     assert process.name == "sleep"
     assert process.pid in [child.pid for child in guard.descendants(os.getpid())]
 
