@@ -19,6 +19,8 @@ from prometheus_client import Counter
 from prometheus_client.metrics import MetricWrapperBase
 
 from hive import cli
+from hive.devices.nvml import Driver
+from hive.devices.watch import Devices
 from hive.errors import Family, HiveError, every_error
 from hive.events import Announcer
 from hive.gateway.app import Gateway
@@ -26,6 +28,7 @@ from hive.gateway.auth import needed_scope
 from hive.settings import FIXED, Settings
 from hive.telemetry.metrics import Metrics
 from hive.workers.fleet import Fleet
+from hive.workers.ledger import Ledger
 
 DOCS = Path(__file__).resolve().parent
 TOP = DOCS.parent
@@ -317,6 +320,7 @@ The reasons of SERVICE_UNAVAILABLE:
 | `bodies_full` | yes | too many request bodies are being received at once |
 | `worker_failed` | no | the worker failed and is not restarted any more |
 | `worker_stopped` | no | an operator stopped it |
+| `quarantined` | no | a device that the model needs failed; an operator releases it (GPU_QUARANTINED) |
 
 In a stream that has begun, the error is its last event: `event: error`, then `data:` with this body, and
 no `[DONE]`. Where the engine died inside an event, the connection is closed without the last chunk
@@ -340,8 +344,10 @@ def http() -> str:
 def application() -> web.Application:
     """The gateway's routes, without a worker behind them or an environment around them."""
     settings, announcer = Settings.model_construct(), Announcer()
-    fleet = Fleet(settings, {}, announcer)
-    return Gateway(settings, fleet, announcer, lambda: (b"", "")).app
+    devices = Devices(Driver(), {}, announcer)
+    ledger = Ledger(Path("ledger"), announcer.announce)
+    fleet = Fleet(settings, devices, ledger, announcer)
+    return Gateway(settings, fleet, devices, ledger, announcer, lambda: (b"", "")).app
 
 
 def _route(route: web.AbstractRoute) -> tuple[str, str, str]:
@@ -359,8 +365,8 @@ def _route(route: web.AbstractRoute) -> tuple[str, str, str]:
 # ── Command line ────────────────────────────────────────────────────────────────────────────────
 
 CLI = """
-Every command is a client of the daemon's HTTP API, but for `serve`, `check`, `key`, `explain`, `engine`
-and `model`. `--json` prints for programs, also errors. Exit codes are in [errors.md](errors.md).
+Every command is a client of the daemon's HTTP API, but for `serve`, `check`, `sweep`, `key`, `explain`,
+`engine` and `model`. `--json` prints for programs, also errors. Exit codes are in [errors.md](errors.md).
 """
 
 

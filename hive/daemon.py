@@ -11,25 +11,36 @@ import logging
 import os
 import signal
 import socket
-from collections.abc import AsyncIterator, Iterator
+import time
+from collections.abc import AsyncIterator, Iterator, Mapping
 from contextlib import asynccontextmanager, contextmanager
 
 from aiohttp import web
 
-from hive.errors import AddressInUse, ConfigInvalid, HiveError
+from hive.devices import nvml
+from hive.devices.watch import Devices
+from hive.errors import (
+    AddressInUse,
+    ConfigInvalid,
+    CudaDeviceNotFound,
+    CudaDriverMissing,
+)
 from hive.events import Announcer, DaemonMoved
 from hive.gateway.app import Gateway
 from hive.policy.lifecycle import State
 from hive.settings import Settings
-from hive.telemetry import logs
+from hive.telemetry import logs, systemd
 from hive.telemetry.metrics import Metrics
-from hive.workers import guard, preflight
+from hive.workers import cgroup, guard, preflight
 from hive.workers.fleet import Fleet
-from hive.workers.process import sweep
+from hive.workers.janitor import sweep
+from hive.workers.ledger import Ledger
 
 log = logging.getLogger(__name__)
 
 BACKLOG = 1024
+DRIVER_LOOK_S = 0.5  # how often a driver that is late at boot is looked for
+RECHECK_S = 10.0  # how often leaks that are known are looked at again
 CLOSE_S = 2.0  # for handlers to end after their workers did
 
 
@@ -39,36 +50,104 @@ async def serve(settings: Settings) -> None:
     Raises the worst HiveError of the preflight before anything is started (R016, R017, C8), and
     AddressInUse when the port is taken.
     """
+    with systemd.supervised(os.environ, settings) as notifier:
+        inherited = systemd.inherited_socket(os.environ, settings)
+        await serve_supervised(settings, notifier, inherited)
+
+
+async def serve_supervised(
+    settings: Settings, notifier: systemd.Notifier, inherited: socket.socket | None
+) -> None:
+    """`serve`, once who started hive is known; `inherited` replaces server.host and port."""
     stop_asked = stop_signals()
     preflight.prepare_directories(settings)
     with only_daemon(settings):
-        findings, uuids = await asyncio.to_thread(preflight.check, settings)
-        if wrong := [finding.error for finding in findings if finding.error]:
-            raise worst(wrong)
         announcer = Announcer()
         announcer.listen(logs.write)
+        announcer.listen(systemd.Progress(notifier, settings).hear)
         # Orphans of a killed guard come to hive, not to init.
         guard.become_subreaper()
-        for found in await sweep(settings.server.runtime_dir):
-            log.warning("left by an earlier hive, removed: %s", found)
-        fleet = Fleet(settings, uuids, announcer)
-        metrics = Metrics((worker.id, worker.model) for worker in fleet.workers.values())
+        ledger = Ledger(settings.server.state_dir / "ledger", announcer.announce)
+        # Before the preflight: what an earlier life left would hold the devices.
+        for found in await sweep(ledger, settings.server.runtime_dir):
+            log.warning("left by an earlier hive: %s", found)
+        driver = nvml.Driver(settings.server.driver_call_s)
+        resolved = await passed_preflight(settings, driver)
+        devices = Devices(driver, resolved, announcer)
+        groups = await asyncio.to_thread(cgroup.find)
+        fleet = Fleet(settings, devices, ledger, announcer, groups)
+        metrics = Metrics(
+            ((worker.id, worker.model) for worker in fleet.workers.values()),
+            (watched.device.id for watched in devices.watched.values()),
+        )
         announcer.listen(metrics.hear)
-        gateway = Gateway(settings, fleet, announcer, metrics.text)
+        gateway = Gateway(settings, fleet, devices, ledger, announcer, metrics.text)
         async with (
             metrics.measuring_lag(),
-            listening(gateway, settings, announcer),
+            rechecking(ledger),
+            listening(gateway, settings, announcer, inherited),
             fleet.running(),
+            devices.watching(),
         ):
             await fleet.start()
             gc.collect()
             gc.freeze()  # what exists now lives as long as hive: never look at it again
-            await stop_asked.first.wait()
-            announcer.announce(DaemonMoved("stopping"))
+            await until_the_end(stop_asked, fleet)
+            why = fleet.verdict.message if fleet.verdict else ""
+            announcer.announce(DaemonMoved("stopping", why))
             gateway.close_streams()
             await stop_fleet(fleet, stop_asked)
+        await ledger.close()
+        driver.close()
         announcer.announce(DaemonMoved("stopped"))
         be_deaf()
+        if fleet.verdict:  # perhaps only while it was stopping
+            raise fleet.verdict
+        if error := ledger.error():
+            raise error
+
+
+async def passed_preflight(settings: Settings, driver: nvml.Driver) -> Mapping[str, nvml.Device]:
+    """The configured devices, once nothing is wrong with anything; at boot the driver may be late.
+
+    Raises the worst of what is wrong after server.driver_wait_s.
+    """
+    waits_until = time.monotonic() + settings.server.driver_wait_s
+    while True:
+        findings, resolved = await asyncio.to_thread(preflight.check, settings, driver)
+        wrong = [finding.error for finding in findings if finding.error]
+        if not wrong:
+            return resolved
+        may_come = any(isinstance(e, CudaDriverMissing | CudaDeviceNotFound) for e in wrong)
+        if not may_come or time.monotonic() >= waits_until:
+            raise preflight.worst(wrong)
+        await asyncio.sleep(DRIVER_LOOK_S)
+
+
+async def until_the_end(asked: "StopAsked", fleet: Fleet) -> None:
+    """Return when somebody asks for a stop, or when a device fails that hive ends with."""
+    waiting = [asyncio.ensure_future(one.wait()) for one in (asked.first, fleet.condemned)]
+    await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
+    for one in waiting:
+        one.cancel()
+
+
+@asynccontextmanager
+async def rechecking(ledger: Ledger) -> AsyncIterator[None]:
+    """Look from time to time whether what leaked is still there, while the block runs."""
+
+    async def look() -> None:
+        while True:
+            await asyncio.sleep(RECHECK_S)
+            if ledger.leaks:
+                await ledger.recheck()
+
+    async with asyncio.TaskGroup() as tasks:
+        looking = tasks.create_task(look(), name="recheck leaks")
+        try:
+            yield
+        finally:
+            looking.cancel()
 
 
 def be_deaf() -> None:
@@ -114,9 +193,12 @@ async def stop_fleet(fleet: Fleet, asked: StopAsked) -> None:
 
 @asynccontextmanager
 async def listening(
-    gateway: Gateway, settings: Settings, announcer: Announcer
+    gateway: Gateway,
+    settings: Settings,
+    announcer: Announcer,
+    inherited: socket.socket | None = None,
 ) -> AsyncIterator[None]:
-    """Accept connections while the block runs.
+    """Accept connections while the block runs, on the inherited socket where there is one.
 
     Raises AddressInUse, or ConfigInvalid when the host cannot be bound.
     """
@@ -131,11 +213,12 @@ async def listening(
     )
     await runner.setup()
     try:
-        sockets = bind(settings)
+        sockets = [inherited] if inherited else bind(settings)
         for one in sockets:
             await web.SockSite(runner, one, backlog=BACKLOG).start()
         host, port = sockets[0].getsockname()[:2]
-        announcer.announce(DaemonMoved("listening", f"http://{host}:{port}"))
+        shown = f"[{host}]" if ":" in host else host
+        announcer.announce(DaemonMoved("listening", f"http://{shown}:{port}"))
         yield
     finally:
         await runner.cleanup()
@@ -175,6 +258,8 @@ def only_daemon(settings: Settings) -> Iterator[None]:
     try:
         for key in ("state_dir", "runtime_dir"):
             path = getattr(settings.server, key) / "hive.lock"
+            if not path.parent.is_dir():
+                continue  # of `hive sweep`, which makes none: there is nothing to sweep in it
             fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
             held.append(fd)
             try:
@@ -191,11 +276,3 @@ def only_daemon(settings: Settings) -> Iterator[None]:
     finally:
         for fd in held:
             os.close(fd)
-
-
-def worst(errors: list[HiveError]) -> HiveError:
-    """The error to end with: the most severe, the first of several; it names all the others."""
-    order = ["info", "medium", "high", "critical", "emergency"]
-    chosen = max(errors, key=lambda error: order.index(str(error.severity)))
-    chosen.details = {**chosen.details, "problems": [error.message for error in errors]}
-    return chosen

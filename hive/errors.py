@@ -301,7 +301,7 @@ class DeviceError(HiveError):
 
     status, family, kind = 500, Family.RESOURCE, "api_error"
     level, severity = "error", Severity.CRITICAL
-    shows = frozenset({"device", "available_devices", "xid"})
+    shows = frozenset({"device", "available_devices", "xid", "holders"})
 
 
 class CudaDeviceFailed(DeviceError):
@@ -318,7 +318,7 @@ class CudaDeviceNotFound(DeviceError):
     code = "CUDA_DEVICE_NOT_FOUND"
     level, severity = "error", Severity.CRITICAL
     summary = "The configured CUDA device does not exist on this host."
-    action = "Set the model's 'device' to one that nvidia-smi -L lists."
+    action = "Set the model's 'device' to one that 'hive devices --local' lists."
 
 
 class CudaDriverMissing(DeviceError):
@@ -355,7 +355,10 @@ class GpuQuarantined(DeviceError):
     code, status, kind = "GPU_QUARANTINED", 503, "overloaded_error"
     level, severity = "error", Severity.CRITICAL
     summary = "The device of this model is quarantined after a fault."
-    action = "Repair the device, then release it with 'hive worker release' or hive's API."
+    action = (
+        "An operator finds the cause with 'hive devices', repairs the device, and then releases it "
+        "with 'hive worker release WORKER'."
+    )
 
 
 # ── Workers and engines ─────────────────────────────────────────────────────────────────────────

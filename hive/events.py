@@ -83,6 +83,78 @@ class WorkerRestartPlanned(Event):
 
 
 @dataclass(frozen=True, slots=True)
+class DeviceMoved(Event):
+    """A device came to be OK, QUARANTINED or LOST; `code` and `reason` say why."""
+
+    device: str
+    old: str
+    new: str
+    code: str
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class DeviceRead(Event):
+    """A device's memory, as the driver told it just now."""
+
+    device: str
+    total_bytes: int
+    used_bytes: int
+    free_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class XidSeen(Event):
+    """The driver reported an Xid: `kind` is device, application or note."""
+
+    device: str
+    xid: int
+    kind: str
+    meaning: str
+    after_own_kill: bool
+
+
+@dataclass(frozen=True, slots=True)
+class StrangerSeen(Event):
+    """A process that is not hive's took memory of a device that hive serves on."""
+
+    device: str
+    pid: int
+    name: str
+    used_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class VramChecked(Event):
+    """After a worker's end: its VRAM was returned, kept, or that is unproven; `detail` says why."""
+
+    worker: str
+    device: str
+    outcome: str
+    seconds: float
+    detail: str
+
+
+@dataclass(frozen=True, slots=True)
+class LeakFound(Event):
+    """Something that a worker took was not given back; `how` says how to clear it."""
+
+    kind: str
+    holder: str
+    worker: str
+    how: str
+
+
+@dataclass(frozen=True, slots=True)
+class LeakCleared(Event):
+    """A leak is gone when it was looked at again."""
+
+    kind: str
+    holder: str
+    worker: str
+
+
+@dataclass(frozen=True, slots=True)
 class RequestArrived(Event):
     """A client's request was accepted for a model."""
 

@@ -128,6 +128,9 @@ class Server(Section):
     driver_wait_s: SecondsOrNone = Field(
         0, description="Seconds to wait at boot for the GPU's device nodes."
     )
+    driver_call_s: Seconds = Field(
+        5, description="Longest wait for one call of the GPU's driver; then the device is LOST."
+    )
     max_body_mib: float = Field(32, gt=0, le=4096, description="Largest request body, MiB.")
     max_buffered_mib: float = Field(
         512,
@@ -168,6 +171,11 @@ class Timeouts(Section):
     stream_total_s: SecondsOrNone = Field(0, description="A whole stream, seconds; 0 = no limit.")
     cleanup_s: Seconds = Field(
         5, description="To see an abort confirmed, and from TERM to KILL, seconds."
+    )
+    kill_s: Seconds = Field(
+        5,
+        description="From KILL to giving a process up as LOST, seconds. Host memory takes time to "
+        "free: allow more for an engine that holds hundreds of GiB of it.",
     )
     load_s: Seconds = Field(300, description="An engine's start to READY, seconds.")
 
@@ -263,6 +271,7 @@ class TimeoutOverrides(Section):
     stall_s: Seconds | None = None
     stream_total_s: SecondsOrNone | None = None
     cleanup_s: Seconds | None = None
+    kill_s: Seconds | None = None
     load_s: Seconds | None = None
 
 

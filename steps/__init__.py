@@ -14,6 +14,8 @@ pytest_plugins = [
     "steps.daemon",
     "steps.workers",
     "steps.engines",
+    "steps.devices",
+    "steps.leftovers",
     "steps.requests",
     "steps.operator",
     "steps.watching",

@@ -157,6 +157,7 @@ def _(story: Story) -> None:
 
 @given("hive has stopped")
 def _(story: Story) -> None:
+    story.look_at_tree()
     story.hive.signal(signal.SIGTERM)
     story.hive.wait_exit()
 

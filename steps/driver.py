@@ -228,6 +228,8 @@ class Hive:
         self.keys: list[dict[str, Any]] = []
         self.key: str | None = None  # what the client and the CLI send
         self.env: dict[str, str] = {}
+        self.starter: tuple[str, ...] = ()  # a program, with arguments, that becomes hive
+        self.pass_fds: tuple[int, ...] = ()
         self.process: subprocess.Popen[bytes] | None = None
         self.port = 0
         self._descriptors: int | None = None
@@ -289,7 +291,8 @@ class Hive:
         self._log_before = len(self.log_text)
         with (self.home / "hive.log").open("ab") as out:
             self.process = subprocess.Popen(
-                [*HIVE, "serve", "--config", str(self.config)],
+                [*self.starter, *HIVE, "serve", "--config", str(self.config)],
+                pass_fds=self.pass_fds,
                 stdout=out,
                 stderr=out,
                 stdin=subprocess.DEVNULL,
@@ -398,6 +401,11 @@ class Hive:
     def log(self) -> list[dict[str, Any]]:
         return _json_lines(self.log_text)
 
+    @property
+    def last_error(self) -> Any:
+        """The error in the last line that it printed, as after a failed start."""
+        return json.loads(self.log_text.strip().splitlines()[-1])["error"]
+
     def logged(self, event: str, **facts: object) -> list[dict[str, Any]]:
         """Log lines of an event with these facts."""
         return [
@@ -462,7 +470,8 @@ class Hive:
 
     def cli(self, *args: str, within_s: float = 60) -> Ran:
         """A command of the CLI that talks to this daemon."""
-        env = {"HIVE_URL": self.url} | ({"HIVE_API_KEY": self.key} if self.key else {})
+        env = {**self.env, "HIVE_URL": self.url}
+        env |= {"HIVE_API_KEY": self.key} if self.key else {}
         return run_hive(*args, env=env, within_s=within_s)
 
     @property
@@ -499,7 +508,7 @@ class Hive:
     @property
     def records(self) -> str:
         """What the guards wrote down for whoever must clean up after them."""
-        return "".join(p.read_text() for p in (self.runtime / "w").glob("*/tree.json"))
+        return "".join(p.read_text() for p in (self.state / "ledger").glob("*.tree.json"))
 
     def double(self, name: str = "m") -> "Double":
         return Double(self.control(name))

@@ -34,6 +34,10 @@ BEHAVIOURS: dict[str, tuple[str, ...]] = {
     "runs as three processes": ("--core",),
     "ignores being asked to end": ("--ignore-term",),
     "has a process that hid in a session of its own": ("--setsid-grandchild",),
+    "has a process that hid in a session of its own, without its environment": (
+        "--setsid-grandchild",
+        "--wipe-environment",
+    ),
     "uses shared memory": ("--shm", "3"),
     "leaves temporary files": ("--tmp", "4"),
     "exits with success a moment after it was ready": ("--exit-after-s", "0.3"),

@@ -83,7 +83,12 @@ def _(story: Story) -> None:
 def _(story: Story, command: str) -> None:
     if story.hive.port == 0:
         story.hive.port = 1  # nothing listens there
-    story.ran = story.hive.cli(*shlex.split(command), within_s=20)
+    words = shlex.split(command)
+    if words[0] in ("check", "sweep"):  # of what is configured, not of a daemon
+        if story.hive.process is None:
+            story.hive.write_config()
+        words += ["--config", str(story.hive.config)]
+    story.ran = story.hive.cli(*words, within_s=20)
 
 
 @then(parsers.parse("the command ends with {code:d}"))

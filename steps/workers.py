@@ -51,6 +51,16 @@ def _(story: Story, text: str) -> None:
     assert text in story.hive.worker(WORKER)["reason"], story.hive.worker(WORKER)["reason"]
 
 
+@then(parsers.parse('the worker\'s last exit is "{text}"'))
+def _(story: Story, text: str) -> None:
+    assert text in story.hive.worker(WORKER)["last_exit"], story.hive.worker(WORKER)["last_exit"]
+
+
+@then(parsers.parse("the worker's last exit code is {code:d}"))
+def _(story: Story, code: int) -> None:
+    assert story.hive.worker(WORKER)["last_exit_code"] == code
+
+
 @then(parsers.parse("the worker's error is {code}"))
 def _(story: Story, code: str) -> None:
     assert story.hive.worker(WORKER)["error"] == code

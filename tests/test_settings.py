@@ -90,7 +90,7 @@ def test_the_defaults_are_those_of_the_contract(loaded: Load) -> None:
     assert (server.max_body_mib, server.body_s) == (32, 10)
     assert (limits.request_s, limits.queue_s, limits.connect_s) == (30, 5, 2)
     assert (limits.inference_s, limits.stall_s, limits.stream_total_s) == (25, 25, 0)
-    assert (limits.cleanup_s, limits.load_s) == (5, 300)
+    assert (limits.cleanup_s, limits.kill_s, limits.load_s) == (5, 5, 300)
     assert (settings.restarts.starts, settings.restarts.window_s) == (5, 300)
     assert (settings.breaker.failures, settings.breaker.cooldown_s) == (5, 60)
     assert (settings.windows.kv_tier_gib, settings.windows.kv_chunk_tokens) == (10, 256)

@@ -57,16 +57,34 @@ Feature: Nothing is left behind
       Then the model is ready
       And nothing that an earlier engine left is still there
 
-  Rule: What outlived even that is swept away by the next start
+  Rule: Where the kernel can hold an engine's processes together, it does
 
-    Scenario: Hive and the guard are killed together
-      Given an engine that runs as three processes
-      And it ignores being asked to end
-      And it has a process that hid in a session of its own
-      And it uses shared memory
+    @R023 @R145 @R146 @R153
+    Scenario: A control group for each engine
+      Given hive may make control groups
+      And an engine that runs as three processes
+      And it has a process that hid in a session of its own, without its environment
       And hive is serving
-      And hive and the engine's guard were killed together
-      And a part of the engine lives on
-      When hive is started again
-      Then the model is ready
-      And nothing that an earlier engine left is still there
+      And all of the engine is in one control group, which bears its mark
+      When the worker is asked to stop
+      Then the worker comes to rest, stopped
+      And every process of the engine is gone
+      And that control group is gone
+
+  Rule: What is another program's lies in nobody's way, and stays where it is
+
+    Scenario Outline: A <thing> in the place of the engine's directory
+      Given an engine that behaves
+      And another program's <thing> lies where the first engine's home would be
+      When hive starts
+      Then the worker becomes ready
+      And the engine has a home of its own
+      And what is another program's is still there
+      And there are no leaks
+
+      Examples:
+        | thing     |
+        | file      |
+        | socket    |
+        | directory |
+        | dead link |

@@ -25,8 +25,15 @@ COMMANDS = {
     "worker": (
         "hive.cli.worker",
         "worker",
-        "List, show, start, stop and restart workers; read logs.",
+        "List, show, start, stop, restart and release workers; read logs.",
     ),
+    "devices": (
+        "hive.cli.devices",
+        "devices",
+        "Show the GPUs: condition, memory, and who holds them.",
+    ),
+    "leaks": ("hive.cli.leaks", "leaks", "Show what workers did not give back."),
+    "sweep": ("hive.cli.leaks", "sweep", "Clear what a hive that was killed left behind."),
     "key": ("hive.cli.key", "key", "Make, list and revoke API keys."),
     "explain": ("hive.cli.explain", "explain", "Say what an error code means and what to do."),
     "engine": ("hive.cli.engine", "engine", "Install the managed engine environment."),

@@ -1,5 +1,6 @@
 """Builds the managed engine environment: whole, or not at all."""
 
+import contextlib
 import errno
 import fcntl
 import json
@@ -9,6 +10,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -17,7 +19,7 @@ from types import FrameType
 from typing import Protocol
 
 from hive.errors import ConfigInvalid, HiveError, InsufficientDisk, WorkerSpawnFailed
-from hive.workers import environment
+from hive.workers import environment, guard
 from hive.workers.environment import PYTHON, Completed, python_of
 
 # 3.6 GB stay; the wheels are unpacked beside them, and pip's own cache grows by what it fetches.
@@ -25,6 +27,7 @@ DISK_NEEDED_MB = 6_000
 TICK_S = 0.25
 PROVED = ("vllm", "lmcache", "torch")
 END_S = 5.0  # what pip gets to remove its temporary files
+LOOK_S = 0.02
 LAST_LINES = 12
 # pip names what it fetches by pin or by file, and always by the lock file's line.
 FETCHING = re.compile(r"(Collecting|Processing) .*\(line (?P<line>\d+)\)")
@@ -347,14 +350,21 @@ def _poll(process: subprocess.Popen[bytes]) -> int | None:
 
 
 def _end(process: subprocess.Popen[bytes]) -> None:
+    """End a step, and what it started: venv's own pip outlives venv for a moment."""
+    below = guard.descendants(process.pid)
     for number in (signal.SIGINT, signal.SIGKILL):
-        if process.poll() is None:
+        with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, number)
-        try:
-            process.wait(END_S)
-            return
-        except subprocess.TimeoutExpired:
-            continue
+        give_up = time.monotonic() + END_S
+        while time.monotonic() < give_up:
+            if process.poll() is not None and not any(map(_lives, below)):
+                return
+            time.sleep(LOOK_S)
+
+
+def _lives(process: guard.Process) -> bool:
+    now = guard.look_at(process.pid)
+    return now is not None and now.start == process.start and now.state != "Z"
 
 
 def _child_environment(plan: Plan) -> Mapping[str, str]:

@@ -96,11 +96,16 @@ def check(config: Path | None, as_json: bool, **server: Any) -> int:
     Exit code 0 when nothing is wrong with configuration, devices, engines and models, 1 otherwise;
     whether the port is free and no other hive runs is seen by `hive serve` alone.
     """
+    from hive.devices.nvml import Driver
     from hive.workers import preflight
 
     settings = _load(config, **server)
     preflight.prepare_directories(settings)
-    findings, _ = preflight.check(settings, imports=True)
+    driver = Driver(settings.server.driver_call_s)
+    findings, _ = preflight.check(
+        settings, driver, imports=True, own=lambda: preflight.own_processes(settings)
+    )
+    driver.close()
     wrong = [finding for finding in findings if finding.error]
     if as_json:
         print_json(
@@ -126,4 +131,7 @@ def check(config: Path | None, as_json: bool, **server: Any) -> int:
         for finding in wrong:
             assert finding.error
             print(f"what to do: {finding.error.suggested_action}")
+    if wrong:
+        error = preflight.worst([finding.error for finding in wrong if finding.error])
+        print(json.dumps(error_body(error)), file=sys.stderr, flush=True)
     return 1 if wrong else 0

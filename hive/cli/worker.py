@@ -1,4 +1,4 @@
-"""`hive worker …`: list, show, start, stop and restart workers, and read their logs."""
+"""`hive worker …`: list, show, start, stop, restart and release workers, and read their logs."""
 
 import sys
 import time
@@ -10,9 +10,10 @@ from hive.cli.client import call, daemon_options, follow
 from hive.cli.output import json_option, print_json, print_table
 
 AT_REST = {
-    "start": ({"READY"}, {"FAILED", "STOPPED", "LOST"}),
+    "start": ({"READY"}, {"FAILED", "STOPPED", "QUARANTINED", "LOST"}),
     "stop": ({"STOPPED"}, {"LOST"}),
-    "restart": ({"READY"}, {"FAILED", "STOPPED", "LOST"}),
+    "restart": ({"READY"}, {"FAILED", "STOPPED", "QUARANTINED", "LOST"}),
+    "release": ({"READY"}, {"FAILED", "STOPPED", "QUARANTINED", "LOST"}),
 }
 LOOK_S = 0.2
 
@@ -107,6 +108,7 @@ def _action(name: str, text: str) -> None:
 _action("start", "Start a worker; earlier restarts are forgotten.")
 _action("stop", "Drain a worker, then end its whole process tree.")
 _action("restart", "Stop a worker, then start it again.")
+_action("release", "Trust the device of a quarantined worker again, and start it.")
 
 
 def _device(view: dict[str, Any]) -> str:

@@ -1,17 +1,40 @@
-"""NVML: which GPUs there are; asked in a thread of its own, because a driver call may never return."""
+"""NVML: which GPUs there are and how they are; every call in a thread that a deadline can abandon.
 
+`cuda:N` is NVML's N (PCI order), which need not be CUDA's own order: engines are told UUIDs.
+"""
+
+import contextlib
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, TypeVar
 
 import pynvml
 
-from hive.errors import CudaDeviceFailed, CudaDeviceNotFound, CudaDriverMissing
+from hive.devices.lanes import Lane
+from hive.errors import CudaDeviceFailed, CudaDeviceNotFound, CudaDriverMissing, HiveError
 
-CALL_S = 3.0  # a healthy driver answers in milliseconds
+CALL_S = 5.0  # a healthy driver answers in milliseconds, one that wakes a GPU in seconds
+EVENT_MS = 500  # the longest wait for an Xid before the watching thread looks whether to end
 
 T = TypeVar("T")
+
+_NO_DRIVER = (
+    pynvml.NVML_ERROR_LIBRARY_NOT_FOUND,
+    pynvml.NVML_ERROR_DRIVER_NOT_LOADED,
+    pynvml.NVML_ERROR_FUNCTION_NOT_FOUND,
+)
+_LOST = (
+    pynvml.NVML_ERROR_GPU_IS_LOST,
+    pynvml.NVML_ERROR_NOT_FOUND,
+    pynvml.NVML_ERROR_GPU_NOT_FOUND,
+)
+_NONE_SUCH = (
+    pynvml.NVML_ERROR_INVALID_ARGUMENT,
+    pynvml.NVML_ERROR_NOT_FOUND,
+    pynvml.NVML_ERROR_GPU_NOT_FOUND,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,92 +45,269 @@ class Device:
     uuid: str
     name: str
 
+    @property
+    def id(self) -> str:
+        return f"cuda:{self.index}"
 
-def within(seconds: float, call: Callable[[], T]) -> T:
-    """`call`'s result; its thread is abandoned when the driver does not return in time.
 
-    Raises CudaDeviceFailed on the deadline, and whatever `call` raises.
+@dataclass(frozen=True, slots=True)
+class Holder:
+    """A process that holds memory of a GPU; `used_bytes` is None where the driver does not say.
+
+    `name` is empty when the process is not visible here (of another container, say).
     """
-    outcome: list[Any] = []
 
-    def work() -> None:
-        try:
-            outcome.append((call(), None))
-        except BaseException as exc:  # noqa: BLE001 (handed over to the caller's thread)
-            outcome.append((None, exc))
+    pid: int
+    name: str
+    used_bytes: int | None
 
-    thread = threading.Thread(target=work, name="nvml", daemon=True)
-    thread.start()
-    thread.join(seconds)
-    if not outcome:
-        raise CudaDeviceFailed(
-            f"The NVIDIA driver did not answer within {seconds:g} s.",
-            action="Check the driver with nvidia-smi and the kernel log; a hung driver needs a "
-            "reset of the GPU or a reboot.",
-        )
-    value, error = outcome[0]
-    if error is not None:
-        raise error
-    result: T = value
-    return result
+    def __str__(self) -> str:
+        held = "" if self.used_bytes is None else f", {self.used_bytes / 2**20:.0f} MiB"
+        return f"{self.name or 'a process that is not visible here'} (pid {self.pid}{held})"
 
 
-def list_devices() -> list[Device]:
-    """Every GPU. Raises CudaDriverMissing without a driver, CudaDeviceFailed on its errors."""
-    return within(CALL_S, _list)
+@dataclass(frozen=True, slots=True)
+class Reading:
+    """One look at a GPU. Bytes; degrees Celsius; None is what the GPU or the driver has not.
+
+    `ecc_errors` are uncorrectable ones since the driver was loaded.
+    """
+
+    total: int
+    used: int
+    free: int
+    temperature_c: int | None
+    ecc_errors: int | None
+    remap_pending: bool | None
+    remap_failed: bool | None
+    is_split: bool  # MIG: the GPU is divided into instances
+    holders: tuple[Holder, ...]
 
 
-def _list() -> list[Device]:
-    try:
-        pynvml.nvmlInit()
-    except pynvml.NVMLError as exc:
-        if exc.value in (
-            pynvml.NVML_ERROR_LIBRARY_NOT_FOUND,
-            pynvml.NVML_ERROR_DRIVER_NOT_LOADED,
-            pynvml.NVML_ERROR_FUNCTION_NOT_FOUND,
-        ):
-            raise CudaDriverMissing(f"The NVIDIA driver cannot be used: {exc}.") from exc
-        raise CudaDeviceFailed(f"The NVIDIA driver failed to start: {exc}.") from exc
-    try:
-        found = []
-        for index in range(pynvml.nvmlDeviceGetCount()):
-            handle = pynvml.nvmlDeviceGetHandleByIndex(index)
-            uuid, name = pynvml.nvmlDeviceGetUUID(handle), pynvml.nvmlDeviceGetName(handle)
-            found.append(Device(index, _text(uuid), _text(name)))
+class DeviceLost(CudaDeviceFailed):
+    """The driver does not know the device any more."""
+
+
+class Driver:
+    """NVML, opened once: by UUID, with one lane for each device and one for the host."""
+
+    def __init__(self, call_s: float = CALL_S) -> None:
+        self.call_s = call_s
+        self._lanes: dict[str, Lane] = {}
+        self._opening = threading.Lock()
+        self._is_open = False
+
+    def devices(self) -> list[Device]:
+        """Every GPU of this host that answers; one that does not hides no other.
+
+        Raises CudaDriverMissing, and CudaDeviceFailed when the driver or all GPUs fail.
+        """
+        return self._lane("").ask(self._list, self.call_s)
+
+    def find(self, name: str) -> Device | None:
+        """The GPU that is "cuda:N" or "GPU-…"; None when there is none.
+
+        Raises CudaDriverMissing, and CudaDeviceFailed (DeviceLost) when it is there and fails.
+        """
+        return self._lane("").ask(lambda: self._find(name), self.call_s)
+
+    def read(self, uuid: str) -> Reading:
+        """One GPU. Raises DeviceLost, DriverHung or CudaDeviceFailed."""
+        return self._lane(uuid).ask(lambda: self._read(uuid), self.call_s)
+
+    async def reading(self, uuid: str) -> Reading:
+        """`read`, without blocking the event loop."""
+        return await self._lane(uuid).wait(lambda: self._read(uuid), self.call_s)
+
+    def _lane(self, uuid: str) -> Lane:
+        return self._lanes.setdefault(uuid, Lane(f"nvml {uuid}".strip()))
+
+    def close(self) -> None:
+        """End the threads; NVML itself is closed with the process (a hung driver would block)."""
+        for lane in self._lanes.values():
+            lane.close()
+
+    # ── in the lanes' threads ───────────────────────────────────────────────────────────────────
+
+    def _open(self) -> None:
+        with self._opening:
+            if not self._is_open:
+                with _translated("failed to start"):
+                    pynvml.nvmlInit()
+                self._is_open = True
+
+    def _list(self) -> list[Device]:
+        self._open()
+        found, wrong = [], None
+        with _translated("failed"):
+            for index in range(pynvml.nvmlDeviceGetCount()):
+                try:
+                    found.append(_describe(pynvml.nvmlDeviceGetHandleByIndex(index)))
+                except pynvml.NVMLError as exc:
+                    wrong = exc
+            if wrong and not found:
+                raise wrong
         return found
+
+    def _find(self, name: str) -> Device | None:
+        self._open()
+        with _translated("failed"):
+            try:
+                if name.startswith("cuda:"):
+                    handle = pynvml.nvmlDeviceGetHandleByIndex(int(name.removeprefix("cuda:")))
+                else:
+                    handle = pynvml.nvmlDeviceGetHandleByUUID(name)
+            except pynvml.NVMLError as exc:
+                if exc.value in _NONE_SUCH:
+                    return None
+                raise
+            return _describe(handle)
+
+    def _read(self, uuid: str) -> Reading:
+        self._open()
+        with _translated("failed"):
+            handle = pynvml.nvmlDeviceGetHandleByUUID(uuid)
+            memory = pynvml.nvmlDeviceGetMemoryInfo(handle)
+            rows = _optional(lambda: pynvml.nvmlDeviceGetRemappedRows(handle))
+            mig = _optional(lambda: pynvml.nvmlDeviceGetMigMode(handle))
+            # With its version: the plain name raises no NVMLError where a driver is too old for it.
+            processes = _optional(lambda: pynvml.nvmlDeviceGetComputeRunningProcesses_v3(handle))
+            return Reading(
+                total=int(memory.total),
+                used=int(memory.used),
+                free=int(memory.free),
+                temperature_c=_optional(
+                    lambda: int(
+                        pynvml.nvmlDeviceGetTemperature(handle, pynvml.NVML_TEMPERATURE_GPU)
+                    )
+                ),
+                ecc_errors=_optional(
+                    lambda: int(
+                        pynvml.nvmlDeviceGetTotalEccErrors(
+                            handle,
+                            pynvml.NVML_MEMORY_ERROR_TYPE_UNCORRECTED,
+                            pynvml.NVML_VOLATILE_ECC,
+                        )
+                    )
+                ),
+                remap_pending=bool(rows[2]) if rows else None,
+                remap_failed=bool(rows[3]) if rows else None,
+                is_split=bool(mig and mig[0] == pynvml.NVML_DEVICE_MIG_ENABLE),
+                holders=tuple(
+                    Holder(int(p.pid), process_name(int(p.pid)), p.usedGpuMemory)
+                    for p in sorted(processes or (), key=lambda p: p.pid)
+                ),
+            )
+
+    # ── events ──────────────────────────────────────────────────────────────────────────────────
+
+    def xids(self, uuid: str, stop: threading.Event) -> Iterator[int | None]:
+        """Each Xid of a GPU as it comes, and None whenever none came for EVENT_MS, until `stop`.
+
+        Blocks the calling thread. Raises CudaDeviceFailed when the driver refuses (container, vGPU,
+        rights) and when the waiting fails; DeviceLost when the GPU is gone.
+        """
+        self._open()
+        with _translated("refuses to tell Xid events"):
+            # A set for each GPU: a lost one ends the waiting of all that share its set.
+            events = pynvml.nvmlEventSetCreate()
+            try:
+                pynvml.nvmlDeviceRegisterEvents(
+                    pynvml.nvmlDeviceGetHandleByUUID(uuid),
+                    pynvml.nvmlEventTypeXidCriticalError,
+                    events,
+                )
+                while not stop.is_set():
+                    try:
+                        event = pynvml.nvmlEventSetWait_v2(events, EVENT_MS)
+                    except pynvml.NVMLError_Timeout:
+                        yield None
+                    else:
+                        yield int(event.eventData)
+            finally:
+                with contextlib.suppress(pynvml.NVMLError):
+                    pynvml.nvmlEventSetFree(events)
+
+    def __repr__(self) -> str:
+        return f"<Driver {list(self._lanes.values())}>"
+
+
+@contextlib.contextmanager
+def _translated(what: str) -> Iterator[None]:
+    """NVML's errors as hive's."""
+    try:
+        yield
     except pynvml.NVMLError as exc:
-        raise CudaDeviceFailed(f"The NVIDIA driver failed: {exc}.") from exc
-    finally:
-        pynvml.nvmlShutdown()
+        if exc.value in _NO_DRIVER:
+            raise CudaDriverMissing(f"The NVIDIA driver cannot be used: {exc}.") from exc
+        if exc.value == pynvml.NVML_ERROR_LIB_RM_VERSION_MISMATCH:
+            raise CudaDriverMissing(
+                "The NVIDIA driver in the kernel and its library have different versions.",
+                action="Reboot, or reload the kernel's modules, after an update of the driver.",
+            ) from exc
+        if exc.value in _LOST:
+            raise DeviceLost(f"The device is lost: the NVIDIA driver says {exc}.") from exc
+        if exc.value == pynvml.NVML_ERROR_NO_PERMISSION:
+            raise CudaDeviceFailed(
+                f"The NVIDIA driver {what}: {exc}.",
+                action="Give hive's user access to /dev/nvidia*, /dev/nvidiactl and /dev/nvidia-uvm.",
+            ) from exc
+        raise CudaDeviceFailed(f"The NVIDIA driver {what}: {exc}.") from exc
 
 
-def _text(value: str | bytes) -> str:
-    return value.decode() if isinstance(value, bytes) else value
+def _optional(call: Callable[[], T]) -> T | None:
+    """What a GPU or a driver may not have, or not tell; a lost GPU is lost all the same.
+
+    A sensor that cannot be read is no reason to stop what computes well.
+    """
+    try:
+        return call()
+    except pynvml.NVMLError as exc:
+        if exc.value in _LOST:
+            raise
+        return None
 
 
-def resolve(wanted: Iterable[str]) -> dict[str, str]:
-    """Each configured device ("cuda:N" or "GPU-…") with its UUID; "cpu" needs none.
+def _describe(handle: Any) -> Device:
+    index = int(pynvml.nvmlDeviceGetIndex(handle))
+    uuid, name = pynvml.nvmlDeviceGetUUID(handle), pynvml.nvmlDeviceGetName(handle)
+    return Device(index, _text(uuid), _text(name))
+
+
+def _text(value: Any) -> str:
+    return value.decode() if isinstance(value, bytes) else str(value)
+
+
+def process_name(pid: int) -> str:
+    """What the kernel calls a process; empty when it is not visible here."""
+    try:
+        return Path(f"/proc/{pid}/comm").read_text(errors="replace").strip()
+    except OSError:
+        return ""
+
+
+def resolve(driver: Driver, wanted: Iterable[str]) -> dict[str, Device]:
+    """Each configured device ("cuda:N" or "GPU-…") with the GPU that it is; "cpu" needs none.
 
     Raises CudaDriverMissing, CudaDeviceFailed, or CudaDeviceNotFound that lists what there is.
     Nothing is ever put in another device's place (C6, C10).
     """
-    names = [name for name in dict.fromkeys(wanted) if name != "cpu"]
-    if not names:
-        return {}
+    return {n: _resolve(driver, n) for n in dict.fromkeys(wanted) if n != "cpu"}
+
+
+def _resolve(driver: Driver, name: str) -> Device:
     try:
-        devices = list_devices()
-    except CudaDriverMissing as exc:
-        exc.details = {**exc.details, "device": names[0]}
-        exc.message = f"Device {names[0]} is configured, but: {exc.message}"
+        if device := driver.find(name):
+            return device
+        devices = driver.devices()
+    except HiveError as exc:
+        exc.details = {**exc.details, "device": name}
+        exc.message = f"Device {name} is configured, but: {exc.message}"
         raise
-    known = {f"cuda:{d.index}": d.uuid for d in devices} | {d.uuid: d.uuid for d in devices}
-    for name in names:
-        if name not in known:
-            there = [f"cuda:{d.index} ({d.name}, {d.uuid})" for d in devices]
-            raise CudaDeviceNotFound(
-                f"Device {name} does not exist on this host; there "
-                f"{'are ' + ', '.join(there) if there else 'is no GPU'}.",
-                device=name,
-                available_devices=[f"cuda:{d.index}" for d in devices],
-            )
-    return {name: known[name] for name in names}
+    there = [f"{d.id} ({d.name}, {d.uuid})" for d in devices]
+    raise CudaDeviceNotFound(
+        f"Device {name} does not exist on this host; there "
+        f"{'are ' + ', '.join(there) if there else 'is no GPU'}.",
+        device=name,
+        available_devices=[d.id for d in devices],
+    )

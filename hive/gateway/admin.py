@@ -10,6 +10,7 @@ from typing import Any
 from aiohttp import web
 
 from hive import __version__
+from hive.devices.watch import Devices, Watched
 from hive.errors import NotFound, ValidationFailed
 from hive.gateway.auth import Caller
 from hive.gateway.stream import EventStream
@@ -18,6 +19,7 @@ from hive.policy.lifecycle import State
 from hive.policy.redaction import for_clients, without_secrets
 from hive.workers.diagnosis import log_files, read_tail
 from hive.workers.fleet import Fleet
+from hive.workers.ledger import Ledger
 from hive.workers.worker import Worker
 
 API_VERSION = "v1"
@@ -33,9 +35,16 @@ class Admin:
     """Handlers of /livez, /readyz, /metrics and /hive/v1."""
 
     def __init__(
-        self, fleet: Fleet, traffic: Traffic, events: EventStream, metrics: MetricsText
+        self,
+        fleet: Fleet,
+        devices: Devices,
+        ledger: Ledger,
+        traffic: Traffic,
+        events: EventStream,
+        metrics: MetricsText,
     ) -> None:
         self._fleet, self._traffic = fleet, traffic
+        self._devices, self._ledger = devices, ledger
         self._events, self._metrics = events, metrics
         self._began = time.time()
         self.closing = asyncio.Event()  # ends streams when hive stops
@@ -51,7 +60,11 @@ class Admin:
             web.get("/hive/v1/workers", self.workers),
             web.get("/hive/v1/workers/{id}", self.worker),
             web.get("/hive/v1/workers/{id}/logs", self.logs, allow_head=False),
-            web.post("/hive/v1/workers/{id}/{action:start|stop|restart}", self.act),
+            web.post("/hive/v1/workers/{id}/{action:start|stop|restart|release}", self.act),
+            web.get("/hive/v1/devices", self.devices),
+            web.get("/hive/v1/devices/{id}", self.device),
+            web.post("/hive/v1/devices/{id}/release", self.release),
+            web.get("/hive/v1/leaks", self.leaks),
         ]
 
     async def livez(self, _request: web.Request) -> web.Response:
@@ -69,9 +82,10 @@ class Admin:
             models = {name: models[name]}
         is_ready = not self._fleet.is_draining and any(m["ready"] for m in models.values())
         status = "ready" if is_ready else "draining" if self._fleet.is_draining else "unavailable"
-        return web.json_response(
-            {"status": status, "models": models}, status=200 if is_ready else 503
-        )
+        found: dict[str, Any] = {"status": status, "models": models}
+        if watched := self._devices.watched.values():
+            found["devices"] = {one.device.id: str(one.condition) for one in watched}
+        return web.json_response(found, status=200 if is_ready else 503)
 
     def _models(self) -> dict[str, dict[str, Any]]:
         models: dict[str, dict[str, Any]] = {}
@@ -143,12 +157,40 @@ class Admin:
             "start": worker.start,
             "stop": worker.stop,
             "restart": worker.restart,
+            "release": lambda: self._fleet.release_worker(worker),
         }
         await actions[request.match_info["action"]]()
         return web.json_response(_view(worker), status=202)
 
     def _find(self, request: web.Request) -> Worker:
         return self._fleet.worker(request.match_info["id"])
+
+    async def devices(self, _request: web.Request) -> web.Response:
+        """The configured GPUs: condition, memory, processes, the last Xids."""
+        views = [self._device_view(watched) for watched in self._devices.watched.values()]
+        return web.json_response({"devices": views})
+
+    async def device(self, request: web.Request) -> web.Response:
+        """One GPU, by its id or UUID."""
+        return web.json_response(self._device_view(self._devices.find(request.match_info["id"])))
+
+    async def release(self, request: web.Request) -> web.Response:
+        """Trust a quarantined GPU again: 202 once the workers that waited for it start."""
+        watched = self._devices.find(request.match_info["id"])
+        await self._fleet.release(watched)
+        return web.json_response(self._device_view(watched), status=202)
+
+    def _device_view(self, watched: Watched) -> dict[str, Any]:
+        workers = [
+            worker.id
+            for worker in self._fleet.workers.values()
+            if watched in self._devices.of(worker.plan.devices)
+        ]
+        return {**self._devices.view(watched), "workers": workers}
+
+    async def leaks(self, _request: web.Request) -> web.Response:
+        """What workers left behind and has not been given back since."""
+        return web.json_response({"leaks": [leak.view() for leak in await self._ledger.recheck()]})
 
     # ── logs ────────────────────────────────────────────────────────────────────────────────────
 

@@ -6,6 +6,7 @@ from collections.abc import Awaitable, Callable
 
 from aiohttp import web
 
+from hive.devices.watch import Devices
 from hive.errors import HiveError, HttpError, InternalError, NotFound, RequestCancelled
 from hive.events import Announcer, request_id_var
 from hive.gateway import problems
@@ -17,6 +18,7 @@ from hive.gateway.stream import EventStream
 from hive.gateway.traffic import Passage, Traffic
 from hive.settings import Settings
 from hive.workers.fleet import Fleet
+from hive.workers.ledger import Ledger
 
 log = logging.getLogger(__name__)
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
@@ -26,13 +28,19 @@ class Gateway:
     """Builds the application and holds its parts together."""
 
     def __init__(
-        self, settings: Settings, fleet: Fleet, announcer: Announcer, metrics: MetricsText
+        self,
+        settings: Settings,
+        fleet: Fleet,
+        devices: Devices,
+        ledger: Ledger,
+        announcer: Announcer,
+        metrics: MetricsText,
     ) -> None:
         self._doorkeeper = Doorkeeper(settings.auth.keys)
         self._traffic = Traffic(announcer)
         stream = EventStream()
         announcer.listen(stream.hear)
-        self._admin = Admin(fleet, self._traffic, stream, metrics)
+        self._admin = Admin(fleet, devices, ledger, self._traffic, stream, metrics)
         inference = Inference(settings, fleet, announcer)
         self.app = web.Application(middlewares=[self._answer])
         self.app.add_routes([*self._admin.routes(), *inference.routes()])

@@ -173,6 +173,8 @@ class Relay:
         exit_ = await life.over_within(EXIT_S)
         if exit_ is None:
             return None
+        if life.error is not None:
+            return life.error  # of its device: no other request would fare better
         if life.was_asked:
             return ServiceUnavailable(
                 "The worker was stopped before the answer was complete.",

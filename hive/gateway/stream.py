@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from dataclasses import asdict
 from datetime import UTC, datetime
 
-from hive.events import DaemonMoved, Event, RequestArrived, RequestEnded
+from hive.events import DaemonMoved, DeviceRead, Event, RequestArrived, RequestEnded
 from hive.policy.redaction import without_secrets
 
 KEPT = 1000  # events that a client can resume from
@@ -35,7 +35,7 @@ class EventStream:
         self._readers: set[asyncio.Queue[bytes | None]] = set()
 
     def hear(self, event: Event) -> None:
-        if isinstance(event, RequestArrived) or (
+        if isinstance(event, RequestArrived | DeviceRead) or (
             isinstance(event, RequestEnded) and not event.code
         ):
             return

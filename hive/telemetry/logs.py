@@ -15,15 +15,21 @@ from structlog.types import EventDict, Processor
 from hive.errors import by_code
 from hive.events import (
     DaemonMoved,
+    DeviceMoved,
     Event,
+    LeakCleared,
+    LeakFound,
     RequestArrived,
     RequestEnded,
+    StrangerSeen,
+    VramChecked,
     WorkerEnded,
     WorkerExited,
     WorkerMoved,
     WorkerReady,
     WorkerRestartPlanned,
     WorkerStarted,
+    XidSeen,
     request_id_var,
 )
 from hive.policy.redaction import without_secrets
@@ -106,7 +112,7 @@ def write(event: Event) -> None:
                 return
             log.log(_request_level(event), "request", **_request_facts(event))
         case WorkerMoved():
-            bad = event.new in ("FAILED", "LOST")
+            bad = event.new in ("FAILED", "QUARANTINED", "LOST")
             log.log(logging.ERROR if bad else logging.INFO, "worker moved", **asdict(event))
         case WorkerExited():
             level = logging.INFO if event.asked else logging.ERROR
@@ -118,8 +124,30 @@ def write(event: Event) -> None:
             log.log(level, "process tree ended", **asdict(event))
         case WorkerStarted() | WorkerReady() | DaemonMoved():
             log.info(_TITLES[type(event)], **asdict(event))
+        case _:
+            _write_of_devices(log, event)
 
 
+def _write_of_devices(log: Any, event: Event) -> None:
+    match event:
+        case DeviceMoved():
+            is_well = event.new == "OK"
+            log.log(logging.INFO if is_well else logging.ERROR, "device moved", **asdict(event))
+        case XidSeen():
+            level = logging.INFO if event.after_own_kill else _XID_LEVELS[event.kind]
+            log.log(level, "xid", **asdict(event))
+        case StrangerSeen():
+            log.warning("a process that is not hive's holds a device", **asdict(event))
+        case VramChecked():
+            log.log(_VRAM_LEVELS[event.outcome], "vram after the end", **asdict(event))
+        case LeakFound():
+            log.error("leak", **asdict(event))
+        case LeakCleared():
+            log.info("leak cleared", **asdict(event))
+
+
+_XID_LEVELS = {"device": logging.ERROR, "application": logging.WARNING, "note": logging.WARNING}
+_VRAM_LEVELS = {"returned": logging.INFO, "unproven": logging.WARNING, "kept": logging.ERROR}
 _TITLES: dict[type[Event], str] = {
     WorkerStarted: "engine started",
     WorkerReady: "worker ready",

@@ -7,17 +7,25 @@ from contextlib import asynccontextmanager
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 from prometheus_client.exposition import CONTENT_TYPE_LATEST, generate_latest
 
+from hive.devices.faults import XIDS
+from hive.devices.watch import Condition, Receipt
 from hive.events import (
+    DeviceMoved,
+    DeviceRead,
     Event,
+    LeakFound,
     RequestArrived,
     RequestEnded,
+    VramChecked,
     WorkerEnded,
     WorkerExited,
     WorkerMoved,
     WorkerReady,
     WorkerStarted,
+    XidSeen,
 )
 from hive.policy.lifecycle import State
+from hive.workers.leftovers import KINDS
 
 LAG_S = 0.5  # how often the event loop's lag is measured
 _SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 25, 60, 120, 300, 600)
@@ -27,8 +35,8 @@ _LAG = (0.001, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 5)
 class Metrics:
     """The registry and the listener that fills it. Labels are names from the configuration."""
 
-    def __init__(self, workers: Iterable[tuple[str, str]]) -> None:
-        """`workers` are (worker id, model) pairs; their series exist from the start."""
+    def __init__(self, workers: Iterable[tuple[str, str]], devices: Iterable[str] = ()) -> None:
+        """`workers` are (worker id, model) pairs, `devices` ids; their series exist from the start."""
         self.registry = CollectorRegistry()
         r = self.registry
         self.requests = Counter(
@@ -68,7 +76,8 @@ class Metrics:
         )
         self.worker_exits = Counter(
             "hive_worker_exits",
-            "Ends of engine processes by cause.",
+            "Ends of engine processes by cause: asked, crashed, signal, out_of_memory (the kernel's), "
+            "member_lost, guard_lost.",
             ["worker", "cause"],
             registry=r,
         )
@@ -92,6 +101,39 @@ class Metrics:
             buckets=_LAG,
             registry=r,
         )
+        self.vram_bytes = Gauge(
+            "hive_device_vram_bytes",
+            "Memory of a device, bytes: total, used and free.",
+            ["device", "kind"],
+            registry=r,
+        )
+        self.device_state = Gauge(
+            "hive_device_state",
+            "1 for the state that a device is in.",
+            ["device", "state"],
+            registry=r,
+        )
+        self.xids = Counter(
+            "hive_xid",
+            'Xid errors that the driver reported; "other" for numbers that are not in hive\'s catalogue.',
+            ["device", "xid"],
+            registry=r,
+        )
+        self.vram_receipts = Counter(
+            "hive_vram_receipts",
+            "Looks at a device's memory after a worker's end: returned, kept or unproven.",
+            ["device", "outcome"],
+            registry=r,
+        )
+        self.leaks = Counter(
+            "hive_leaks", "What workers did not give back, by kind.", ["kind"], registry=r
+        )
+        for device in devices:
+            self._set_device_state(device, Condition.OK)
+            for outcome in Receipt:
+                self.vram_receipts.labels(device, str(outcome))
+        for kind in KINDS:
+            self.leaks.labels(kind)
         for worker, model in workers:
             self.in_flight.labels(model)
             self.worker_starts.labels(worker)
@@ -120,6 +162,23 @@ class Metrics:
                 self.worker_exits.labels(event.worker, event.cause).inc()
             case WorkerEnded():
                 self.stop_s.labels(event.worker, event.how).observe(event.stop_s)
+            case _:
+                self._hear_of_devices(event)
+
+    def _hear_of_devices(self, event: Event) -> None:
+        match event:
+            case DeviceMoved():
+                self._set_device_state(event.device, Condition(event.new))
+            case DeviceRead():
+                for kind in ("total", "used", "free"):
+                    self.vram_bytes.labels(event.device, kind).set(getattr(event, f"{kind}_bytes"))
+            case XidSeen():
+                xid = str(event.xid) if event.xid in XIDS else "other"
+                self.xids.labels(event.device, xid).inc()
+            case VramChecked():
+                self.vram_receipts.labels(event.device, event.outcome).inc()
+            case LeakFound():
+                self.leaks.labels(event.kind).inc()
 
     def _count(self, event: RequestEnded) -> None:
         model = event.model or ""  # refused before a model was known
@@ -135,6 +194,10 @@ class Metrics:
     def _set_state(self, worker: str, now: State) -> None:
         for state in State:
             self.worker_state.labels(worker, str(state)).set(state is now)
+
+    def _set_device_state(self, device: str, now: Condition) -> None:
+        for state in Condition:
+            self.device_state.labels(device, str(state)).set(state is now)
 
     def text(self) -> tuple[bytes, str]:
         """The exposition and its content type."""

@@ -65,7 +65,13 @@ class CommandEngine:
         self.health_path = model.health_path
         self.probe_kind = model.probe or "completion"
 
-    def launch(self, place: Place, devices: tuple[str, ...], visible: str | None) -> Launch:
+    def launch(
+        self,
+        place: Place,
+        devices: tuple[str, ...],
+        visible: str | None,
+        total_bytes: int,  # noqa: ARG002 (nobody knows how to tell a command)
+    ) -> Launch:
         program = shutil.which(self.model.command[0])
         if program is None:
             raise WorkerSpawnFailed(

@@ -2,17 +2,29 @@
 
 import asyncio
 import itertools
+import os
 import time
-from collections.abc import AsyncIterator, Iterator, Mapping
+from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
+from functools import partial
 from pathlib import Path
 
-from hive.errors import ModelNotFound, NotFound, ServiceUnavailable
+from hive.devices.watch import Devices, Watched
+from hive.errors import (
+    Conflict,
+    GpuQuarantined,
+    HiveError,
+    ModelNotFound,
+    NotFound,
+    ServiceUnavailable,
+)
 from hive.events import Announcer
-from hive.policy.lifecycle import ON_THE_WAY, State
+from hive.policy.lifecycle import AT_REST, ON_THE_WAY, State
 from hive.policy.restarts import RestartPolicy
 from hive.settings import Model, Settings
+from hive.workers import guard, preflight
 from hive.workers.command import CommandEngine
+from hive.workers.ledger import Ledger
 from hive.workers.ports import Engine
 from hive.workers.process import Place
 from hive.workers.vllm import VllmEngine
@@ -26,20 +38,34 @@ def engine_of(name: str, model: Model) -> Engine:
 class Fleet:
     """Workers by id; ids are <model>-<n> and stay the same across restarts."""
 
-    def __init__(self, settings: Settings, uuids: Mapping[str, str], announcer: Announcer) -> None:
-        """`uuids` maps each configured device but "cpu" to what CUDA_VISIBLE_DEVICES takes."""
+    def __init__(
+        self,
+        settings: Settings,
+        devices: Devices,
+        ledger: Ledger,
+        announcer: Announcer,
+        groups: Path | None = None,
+    ) -> None:
+        """`groups` is where each worker gets a control group of its own (workers/cgroup)."""
         self._settings = settings
+        self._devices, self._ledger = devices, ledger
+        devices.on_fault = self._device_failed
+        devices.own_pids = self.pids
+        self._groups = groups
+        # The error of a device that hive ends with (gpu_error_policy = "exit").
+        self.verdict: HiveError | None = None
+        self.condemned = asyncio.Event()
         self._numbers = itertools.count(1)
         self.workers: dict[str, Worker] = {}
         self._of_model: dict[str, list[Worker]] = {}
         self.is_draining = False
         self.made_at = int(time.time())
-        for plan in self._plans(uuids):
-            worker = Worker(plan, self._new_place, announcer)
+        for plan in self._plans():
+            worker = Worker(plan, self._new_place, announcer, devices, ledger)
             self.workers[plan.id] = worker
             self._of_model.setdefault(plan.model, []).append(worker)
 
-    def _plans(self, uuids: Mapping[str, str]) -> Iterator[WorkerPlan]:
+    def _plans(self) -> Iterator[WorkerPlan]:
         settings = self._settings
         restarts = settings.restarts
         policy = RestartPolicy(
@@ -48,7 +74,7 @@ class Fleet:
         for name, model in settings.models.items():
             for number, devices in enumerate(model.workers):
                 worker_id = f"{name}-{number}"
-                visible = ",".join(uuids[device] for device in devices if device != "cpu")
+                visible = ",".join(one.device.uuid for one in self._devices.of(devices))
                 yield WorkerPlan(
                     id=worker_id,
                     model=name,
@@ -59,6 +85,8 @@ class Fleet:
                     restarts=policy,
                     drain_s=settings.server.drain_s,
                     log=settings.server.state_dir / "logs" / f"{worker_id}.log",
+                    preflight=partial(preflight.before_start, settings, name, devices),
+                    alternatives=model.alternatives,
                 )
 
     def _new_place(self, log: Path) -> Place:
@@ -66,9 +94,10 @@ class Fleet:
         for directory in (homes.parent, homes):  # somebody may have tidied them away
             directory.mkdir(mode=0o700, exist_ok=True)
         home = homes / str(next(self._numbers))
-        while home.exists():  # of a tree that is LOST, or of an earlier life
+        # Of a tree that is LOST, of an earlier life, or somebody else's; a dead link, too.
+        while os.path.lexists(home):
             home = homes / str(next(self._numbers))
-        return Place(home, log)
+        return Place(home, log, groups=self._groups, records=self._ledger.directory)
 
     @asynccontextmanager
     async def running(self) -> AsyncIterator[None]:
@@ -94,18 +123,73 @@ class Fleet:
                 tasks.create_task(worker.start(), name=f"start:{worker.id}")
 
     async def stop(self, *, drain: bool) -> None:
-        """End every worker, in parallel; returns when each is STOPPED, FAILED or LOST."""
+        """End every worker, in parallel; returns when each is at rest."""
         self.is_draining = True
 
         async def end(worker: Worker) -> None:
-            at_rest = (State.STOPPED, State.FAILED, State.LOST)
-            if worker.state not in at_rest:
+            if worker.state not in AT_REST:
                 await worker.stop(drain=drain)
-                await worker.wait_for(*at_rest)
+                await worker.wait_for(*AT_REST)
 
         async with asyncio.TaskGroup() as tasks:
             for worker in self.workers.values():
                 tasks.create_task(end(worker), name=f"stop:{worker.id}")
+
+    # ── devices ─────────────────────────────────────────────────────────────────────────────────
+
+    def _device_failed(self, failed: Watched) -> None:
+        """C8: end hive with every tree, or give up this device's workers until its release."""
+        error = failed.error
+        assert error is not None
+        if self._settings.server.gpu_error_policy == "exit":
+            self.is_draining = True
+            for worker in self.workers.values():
+                worker.device_failed(error, for_good=True)
+            self.verdict = self.verdict or error
+            self.condemned.set()
+            return
+        for worker in self.workers.values():
+            if failed in self._devices.of(worker.plan.devices):
+                worker.device_failed(error, for_good=False)
+
+    async def release(self, *failed: Watched) -> None:
+        """Trust devices again and start the workers that waited for them.
+
+        Raises Conflict when none of them is quarantined, CudaDeviceFailed while one is broken or a
+        process hangs there.
+        """
+        for worker in self.workers.values():
+            hangs_there = any(one in failed for one in self._devices.of(worker.plan.devices))
+            if worker.state is State.LOST and hangs_there and worker.error:
+                raise worker.error
+        for one in failed:
+            await self._devices.release(one)
+        for worker in self.workers.values():
+            is_free = not self._devices.quarantined(worker.plan.devices)
+            if worker.state is State.QUARANTINED and is_free:
+                await worker.released()
+
+    async def release_worker(self, worker: Worker) -> None:
+        """Release every device of a QUARANTINED worker. Raises Conflict when it is not."""
+        if worker.state is not State.QUARANTINED:
+            raise Conflict(
+                f"Worker {worker.id} is {worker.state}; release needs it to be QUARANTINED.",
+                state=str(worker.state),
+                worker=worker.id,
+            )
+        waiting = self._devices.of(worker.plan.devices)
+        await self.release(*(one for one in waiting if one.error is not None))
+
+    def pids(self) -> set[int]:
+        """Every process that hive owns at this moment, guards included."""
+        everything = list(guard.every_process())
+        found: set[int] = set()
+        for worker in self.workers.values():
+            if worker.life:
+                found |= worker.life.see_pids(everything)
+        return found
+
+    # ── requests ────────────────────────────────────────────────────────────────────────────────
 
     def of_model(self, model: str) -> list[Worker]:
         """The workers of a model. Raises ModelNotFound, which names the models there are."""
@@ -152,7 +236,7 @@ class Fleet:
         return f"<Fleet {list(self.workers.values())}>"
 
 
-def unavailable(model: str, workers: list[Worker], *, is_draining: bool) -> ServiceUnavailable:
+def unavailable(model: str, workers: list[Worker], *, is_draining: bool) -> HiveError:
     """Why no worker of a model can take a request now, and when one may (contract, Errors)."""
     hints = [hint for worker in workers if (hint := worker.ready_in_s) is not None]
     states = {worker.state for worker in workers}
@@ -179,6 +263,14 @@ def unavailable(model: str, workers: list[Worker], *, is_draining: bool) -> Serv
             retry_after_s=30,
             model=model,
             state=state,
+        )
+    if State.QUARANTINED in states:
+        waiting = next(w for w in workers if w.state is State.QUARANTINED)
+        return GpuQuarantined(
+            f"Model {model} cannot be served: a device that it needs is quarantined.",
+            reason="quarantined",
+            device=", ".join(waiting.plan.devices),
+            model=model,
         )
     if states <= {State.STOPPED, State.STOPPING}:
         return ServiceUnavailable(

@@ -4,11 +4,13 @@ Run as `python -I -S guard.py FD` with a socket to hive on FD; standard library 
 child subreaper, so grandchildren that leave the session or lose their parent come back to it; it
 ends the whole tree (TERM, grace, KILL, reap) when hive asks, when the engine's leader ends, and
 when the socket closes because hive died. hive itself uses the same functions for a tree whose
-guard was killed.
+guard was killed. Where the tree has a control group (workers/cgroup), that is its second proof:
+whoever is in it belongs to the tree, and nothing is gone before the group is empty.
 
 Protocol, one JSON object a line. hive sends the launch first, then {"do": "end", "grace_s": 5}.
-The guard reports started {pid, start}, spawn_failed {error}, exited {code | signal}, member_lost
-{pid, name}, survived {members}, and gone {how, killed, removed}.
+The guard reports started {pid, start}, spawn_failed {error}, exited {code | signal,
+out_of_memory}, member_lost {pid, name, out_of_memory}, survived {members}, and gone {how, killed,
+removed}.
 """
 
 import contextlib
@@ -23,6 +25,7 @@ import socket
 import subprocess
 import sys
 import time
+from collections import deque
 from collections.abc import Iterable, Iterator
 from functools import partial
 from pathlib import Path
@@ -34,6 +37,7 @@ PR_SET_CHILD_SUBREAPER = 36
 SHM = "/dev/shm/"  # noqa: S108 (the kernel's place for POSIX shared memory, not a temporary file)
 TRACKER_S = 1.0  # what Python's resource tracker gets after KILL to remove shared memory
 KILL_S = 5.0  # a process that is still there this long after SIGKILL survived it
+OOM_S = 30.0  # the kernel kills for memory at once, but a process of many GiB takes long to end
 HEADER = "=== hive: engine started "  # the line in the log that begins each start
 SOON_S = 0.03  # from a new name in /dev/shm to the look at who maps it
 IN_CREATE = 0x100
@@ -129,13 +133,27 @@ def mark_of(pid: int) -> str | None:
 
 
 def shared_memory(pid: int) -> dict[str, int]:
-    """Names in /dev/shm that a process maps, each with its inode."""
+    """Names in /dev/shm that a process maps, each with its inode.
+
+    A named semaphore is mapped under a name that is deleted at once: it is known by its inode.
+    """
     found: dict[str, int] = {}
+    renamed: set[int] = set()
     with contextlib.suppress(OSError):
+        device = os.stat(SHM).st_dev
+        ours = f"{os.major(device):02x}:{os.minor(device):02x}"
         for line in Path(f"/proc/{pid}/maps").read_text(errors="replace").splitlines():
             where = line.find(SHM)
-            if where >= 0 and not line.endswith(" (deleted)"):
-                found[line[where + len(SHM) :]] = int(line.split(None, 5)[4])
+            if where < 0 or line.split(None, 4)[3] != ours:
+                continue
+            inode = int(line.split(None, 5)[4])
+            if line.endswith(" (deleted)"):
+                renamed.add(inode)
+            else:
+                found[line[where + len(SHM) :]] = inode
+        if renamed:
+            with os.scandir(SHM) as entries:
+                found |= {e.name: e.inode() for e in entries if e.inode() in renamed}
     return found
 
 
@@ -163,7 +181,7 @@ def is_resource_tracker(pid: int) -> bool:
 
 def kill(process: Process, seconds_late: float) -> bool:
     """SIGKILL, but to a resource tracker only after TRACKER_S: it alone knows some names in
-    /dev/shm (semaphores that nobody maps), and removes them when the others are gone."""
+    /dev/shm (what nobody maps any more), and removes them when the others are gone."""
     if seconds_late < TRACKER_S and is_resource_tracker(process.pid):
         return False
     send_signal(process, signal.SIGKILL)
@@ -174,7 +192,8 @@ def describe(process: Process) -> dict[str, Any]:
     """What an operator needs to know of a process that will not go."""
     wchan = ""
     with contextlib.suppress(OSError):
-        wchan = Path(f"/proc/{process.pid}/wchan").read_text()
+        # 0: it runs, or it is not ours to know.
+        wchan = Path(f"/proc/{process.pid}/wchan").read_text().removeprefix("0")
     return {"pid": process.pid, "name": process.name, "state": process.state, "wchan": wchan}
 
 
@@ -196,6 +215,131 @@ def remove_shared_memory(recorded: dict[str, int]) -> list[str]:
             os.unlink(SHM + name)
             removed.append(name)
     return sorted(removed)
+
+
+def tell_kernel(path: Path, text: str) -> None:
+    """Write into a file of the kernel's. Raises OSError, also where it has none of that name."""
+    fd = os.open(path, os.O_WRONLY | os.O_CLOEXEC)
+    try:
+        os.write(fd, text.encode())
+    finally:
+        os.close(fd)
+
+
+class Group:
+    """A control group (v2): whoever is in it stays in it, and so do its children.
+
+    Which group may be used so is decided where it is made or read back (workers/cgroup).
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+
+    def join(self) -> None:
+        """Put the calling process in; where that is refused it runs on outside."""
+        self._write("cgroup.procs", "0")
+
+    def pids(self) -> set[int]:
+        """Living members, those of sub-groups too. Zombies hold nothing and are not among them."""
+        found: set[int] = set()
+        for directory in self._directories():
+            # A sub-group that is just being removed has nobody in it.
+            with contextlib.suppress(OSError):
+                found |= {int(pid) for pid in Path(directory, "cgroup.procs").read_text().split()}
+        return found
+
+    def is_populated(self) -> bool:
+        """The kernel's word; it counts also who cannot be seen from here."""
+        try:
+            return "populated 1" in (self.path / "cgroup.events").read_text()
+        except OSError:
+            return False
+
+    def held(self, pid: int) -> bool:
+        """Whether a process is, or was when it ended, in this group or in one beneath it."""
+        with contextlib.suppress(OSError):
+            for line in Path(f"/proc/{pid}/cgroup").read_text(errors="replace").splitlines():
+                if line.startswith("0::"):
+                    return self.path.name in line.removesuffix(" (deleted)").split("/")
+        return False
+
+    def kill(self) -> bool:
+        """SIGKILL to every member at once: who is just forking does not get away either.
+
+        False when there was nobody.
+        """
+        if not self.is_populated():
+            return False
+        self._write("cgroup.kill", "1")
+        return True
+
+    def remove(self) -> None:
+        """Remove the group, and what sub-groups its members made; only what is empty goes."""
+        for directory in self._directories():
+            with contextlib.suppress(OSError):
+                os.rmdir(directory)
+
+    def _directories(self) -> Iterator[str]:
+        return (directory for directory, _, _ in os.walk(self.path, topdown=False))
+
+    def _write(self, name: str, text: str) -> None:
+        with contextlib.suppress(OSError):
+            tell_kernel(self.path / name, text)
+
+    def __repr__(self) -> str:
+        return f"<Group {self.path} {'populated' if self.is_populated() else 'empty'}>"
+
+
+def members_of(root: int, group: Group | None) -> list[Process]:
+    """Every process below `root`, and everybody in the group wherever its parent is."""
+    everything = list(every_process())
+    found = descendants(root, everything)
+    if group is not None:
+        # Read after the processes: a pid that was given to a stranger since is not in it.
+        others = group.pids() - {process.pid for process in found}
+        found += [process for process in everything if process.pid in others]
+    return found
+
+
+def ended_by(pid: int) -> int | None:
+    """The signal that ended a process, 0 for none; None when nobody can tell (it is reaped)."""
+    try:
+        text = Path(f"/proc/{pid}/stat").read_text(errors="replace")
+    except OSError:
+        return None
+    fields = text.rpartition(")")[2].split()
+    return int(fields[49]) & 0x7F if fields[0] == "Z" else None
+
+
+class OomKills:
+    """Whether the kernel has killed for memory lately.
+
+    Counted by the nearest group around the tree that has the memory controller, else for the
+    whole host: then a process that somebody else killed at that time is taken for one of them.
+    """
+
+    def __init__(self, group: Group | None) -> None:
+        around = (group.path, *group.path.parents) if group else ()
+        events = [path for up in around if (path := up / "memory.events").exists()]
+        self.path = events[0] if events else Path("/proc/vmstat")
+        self.seen: deque[tuple[float, int]] = deque()
+        self.look(time.monotonic())
+
+    def look(self, now: float) -> None:
+        """Called about every TICK_S; what is older than OOM_S is forgotten."""
+        self.seen.append((now, self._count()))
+        while self.seen[0][0] < now - OOM_S:
+            self.seen.popleft()
+
+    def any_lately(self) -> bool:
+        return self._count() > self.seen[0][1]
+
+    def _count(self) -> int:
+        with contextlib.suppress(OSError):
+            for line in self.path.read_text().splitlines():
+                if line.startswith("oom_kill "):
+                    return int(line.split()[1])
+        return 0
 
 
 class Log:
@@ -231,8 +375,8 @@ class Log:
 class Record:
     """What the tree consists of, on disk, for whoever must end it when the guard is killed too."""
 
-    def __init__(self, path: str, mark: str) -> None:
-        self.path, self.mark = path, mark
+    def __init__(self, path: str, mark: str, group: str | None = None) -> None:
+        self.path, self.mark, self.group = path, mark, group
         self.shm: dict[str, int] = {}
         self._written: Any = None
 
@@ -242,6 +386,7 @@ class Record:
         content = {
             "mark": self.mark,
             "guard": os.getpid(),
+            "cgroup": self.group,
             "members": sorted([p.pid, p.start] for p in members),
             "shm": dict(self.shm),  # a copy: what was written is compared with what is now
         }
@@ -262,7 +407,9 @@ class Guard:
         self.control = control
         self.launch = launch
         self.log = Log(launch["log"], launch["log_bytes"], launch["log_files"])
-        self.record = Record(launch["record"], launch["mark"])
+        self.record = Record(launch["record"], launch["mark"], launch["cgroup"])
+        self.group = Group(launch["cgroup"]) if launch["cgroup"] else None
+        self.oom_kills = OomKills(self.group)
         self.selector = selectors.DefaultSelector()
         self.received = received  # what hive sent right after the launch
         self.leader: subprocess.Popen[bytes] | None = None
@@ -272,6 +419,7 @@ class Guard:
         self.killing_since: float | None = None
         self.asked: set[tuple[int, int]] = set()  # (pid, start) that got TERM
         self.killed: set[tuple[int, int]] = set()
+        self.killed_group = False
         self.told_survivors = False
         self.look_by = math.inf  # when the tree is to be looked at ahead of its turn
         self.watched: dict[int, tuple[int, str]] = {}  # pid -> pidfd and name of other members
@@ -301,8 +449,9 @@ class Guard:
             # Looking reads all of /proc, so a flood of output must not make it happen more often.
             if news or now >= next_look:
                 if self.ends_at is None:
-                    self._watch(members := descendants(os.getpid()))
+                    self._watch(members := members_of(os.getpid(), self.group))
                     self.record.update(members)
+                    self.oom_kills.look(now)
                 elif self._advance_end(now):
                     return 0
                 self.look_by = math.inf
@@ -328,6 +477,8 @@ class Guard:
             prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
             if os.getppid() != me:  # the guard died before the line above
                 os._exit(127)
+            if self.group:
+                self.group.join()
             be_nice(self.launch["nice"])
 
         try:
@@ -376,7 +527,10 @@ class Guard:
         self.selector.unregister(fd)
         os.close(fd)
         if self.ends_at is None:
-            self._tell("member_lost", pid=pid, name=name)
+            self._read_rest()  # hive asks its last words as soon as it hears
+            # Reaped already, it may have been anything: then the kernel's count decides alone.
+            was_oom = ended_by(pid) in (signal.SIGKILL, None) and self.oom_kills.any_lately()
+            self._tell("member_lost", pid=pid, name=name, out_of_memory=was_oom)
 
     def _look_soon(self, appeared: int) -> None:
         drain_pipe(appeared)
@@ -420,7 +574,7 @@ class Guard:
     def _begin_end(self, grace_s: float) -> None:
         ends_at = time.monotonic() + grace_s
         if self.ends_at is None:
-            self.record.update(descendants(os.getpid()))
+            self.record.update(members_of(os.getpid(), self.group))
         self.ends_at = ends_at if self.ends_at is None else min(self.ends_at, ends_at)
 
     def _reap(self) -> bool:
@@ -442,36 +596,52 @@ class Guard:
                 if code >= 0:
                     self._tell("exited", code=code)
                 else:
-                    self._tell("exited", signal=-code)
+                    self._tell("exited", signal=-code, out_of_memory=self._was_oom_killed(code))
                 # What the leader leaves behind has nobody to serve: end it.
                 self._begin_end(self.launch["grace_s"])
 
+    def _was_oom_killed(self, code: int) -> bool:
+        assert self.leader is not None
+        is_ours = self.leader.pid in {pid for pid, _ in self.killed}
+        return code == -signal.SIGKILL and not is_ours and self.oom_kills.any_lately()
+
     def _advance_end(self, now: float) -> bool:
         """One look at an ending tree; True when nothing is left of it."""
-        members = descendants(os.getpid())
-        if not members:
-            how = "kill" if self.killed else "term" if self.asked else "exit"
+        members = members_of(os.getpid(), self.group)
+        if not members and not (self.group and self.group.is_populated()):
+            how = "kill" if self.killed or self.killed_group else "term" if self.asked else "exit"
             self._read_rest()
             removed = self._clean()
             self._tell("gone", how=how, killed=len(self.killed), removed=removed)
             return True
         assert self.ends_at is not None
+        if now >= min(self.look_by, self.ends_at) and self.killing_since is None:
+            self.record.update(members)  # also what was made while it was ending
+        self._end_each(members, now - self.ends_at)
+        if self.group and now - self.ends_at >= TRACKER_S:
+            # Also those who forked away from every look at them.
+            self.killed_group |= self.group.kill()
+        if now >= self.ends_at and self.killing_since is None:
+            self.killing_since = now
+        late_s = now - self.killing_since if self.killing_since else 0.0
+        if late_s > self.launch["kill_s"] and not self.told_survivors:
+            self.told_survivors = True
+            alive = [process for process in members if process.state != "Z"]
+            self._tell("survived", members=[describe(process) for process in alive])
+        return False
+
+    def _end_each(self, members: list[Process], late_s: float) -> None:
+        """TERM, once, while there is time (`late_s` below 0); KILL after that."""
         for process in members:
             identity = (process.pid, process.start)
             if process.state == "Z":
                 continue
-            if now >= self.ends_at:
-                if kill(process, now - self.ends_at):
+            if late_s >= 0:
+                if kill(process, late_s):
                     self.killed.add(identity)
             elif identity not in self.asked:
                 self.asked.add(identity)
                 ask_to_end(process)
-        if now >= self.ends_at and self.killing_since is None:
-            self.killing_since = now
-        if self.killing_since and now - self.killing_since > KILL_S and not self.told_survivors:
-            self.told_survivors = True
-            self._tell("survived", members=[describe(process) for process in members])
-        return False
 
     def _read_rest(self) -> None:
         with contextlib.suppress(OSError):
@@ -482,8 +652,10 @@ class Guard:
                 self.log.write(text)
 
     def _clean(self) -> list[str]:
-        """Remove what the tree left: its shared memory, its socket, its temporary files."""
+        """Remove what the tree left: its shared memory, socket, temporary files and group."""
         removed = remove_shared_memory(self.record.shm)
+        if self.group:
+            self.group.remove()
         shutil.rmtree(self.launch["home"], ignore_errors=True)
         return removed
 
@@ -509,6 +681,8 @@ def main() -> int:
     try:
         guard = Guard(control, launch, rest)
     except OSError as exc:  # no log can be written
+        if launch["cgroup"]:
+            Group(launch["cgroup"]).remove()
         shutil.rmtree(launch["home"], ignore_errors=True)
         news = {"event": "spawn_failed", "error": exc.strerror, "file": exc.filename}
         control.sendall(json.dumps(news).encode() + b"\n")

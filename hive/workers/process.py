@@ -23,8 +23,8 @@ from pathlib import Path
 from typing import Any, cast
 
 from hive.errors import WorkerSpawnFailed
-from hive.workers import guard
-from hive.workers.guard import Process
+from hive.workers import cgroup, guard
+from hive.workers.guard import Group, Process
 
 log = logging.getLogger(__name__)
 
@@ -40,23 +40,30 @@ class Launch:
     """What to start: arguments, the whole environment, and which members it cannot live without.
 
     `vital` are beginnings of process names (/proc/PID/comm, 15 characters). `nice` is how much the
-    engine leaves the CPU to others.
+    engine leaves the CPU to others. A member that is there `kill_s` after SIGKILL survived it.
     """
 
     argv: Sequence[str]
     env: Mapping[str, str]
     vital: Sequence[str] = ()
     nice: int = 0
+    kill_s: float = guard.KILL_S
 
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """The directories and files of one start. `home` is removed whole after the end."""
+    """The directories and files of one start. `home` is removed whole after the end.
+
+    `groups` is the control group (workers/cgroup.find) in which the tree gets one of its own.
+    `records` is where the guard's record is kept, so that it outlives `home` (workers/ledger).
+    """
 
     home: Path
     log: Path
     cwd: Path = Path("/")
     mark: str = field(default_factory=lambda: secrets.token_hex(8))
+    groups: Path | None = None
+    records: Path | None = None
 
     @property
     def socket(self) -> Path:
@@ -68,29 +75,48 @@ class Place:
 
     @property
     def record(self) -> Path:
-        return self.home / "tree.json"
+        return self.records / f"{self.mark}.tree.json" if self.records else self.home / "tree.json"
+
+    @property
+    def group(self) -> Path | None:
+        return self.groups / f"hive-{self.mark}" if self.groups else None
 
 
 @dataclass(frozen=True, slots=True)
 class Exit:
-    """How the engine's first process ended: an exit code, a signal, or unknown."""
+    """How the engine's first process ended: an exit code, a signal, or unknown.
+
+    Its cause is one of crashed (by itself, also with status 0), signal, out_of_memory (the
+    kernel's OOM killer), member_lost and guard_lost; "asked" is the worker's to say.
+    """
 
     code: int | None = None
     signal: int | None = None
     guard_lost: bool = False
     member: str | None = None  # a vital member ended while the first process lived on
+    out_of_memory: bool = False
 
     @property
     def cause(self) -> str:
         if self.guard_lost:
             return "guard_lost"
+        if self.out_of_memory:
+            return "out_of_memory"
         if self.member is not None:
             return "member_lost"
-        return "signal" if self.signal is not None else "exit"
+        return "signal" if self.signal is not None else "crashed"
+
+    @property
+    def status(self) -> int | None:
+        """As a shell tells it: 137 after SIGKILL (R063); None where nobody saw it."""
+        return self.code if self.signal is None else 128 + self.signal
 
     def __str__(self) -> str:
         if self.guard_lost:
             return "its guard was killed"
+        if self.out_of_memory:
+            who = f"its process {self.member} was " if self.member else ""
+            return f"{who}killed by the kernel for memory (out of host RAM)"
         if self.member is not None:
             return f"its process {self.member} ended"
         if self.signal is not None:
@@ -134,6 +160,8 @@ class Tree(asyncio.Protocol):
         self._takeover: asyncio.Task[None] | None = None
         self._patience: asyncio.TimerHandle | None = None
         self._grace_s = 5.0
+        self._kill_s = guard.KILL_S
+        self._group: Group | None = None
 
     @classmethod
     async def spawn(cls, launch: Launch, place: Place, grace_s: float = 5.0) -> "Tree":
@@ -145,8 +173,10 @@ class Tree(asyncio.Protocol):
         place.tmp.mkdir(mode=0o700)
         tree = cls(place)
         tree._grace_s = grace_s
+        tree._kill_s = launch.kill_s
         ours, theirs = socket.socketpair()
         try:
+            tree._make_group()
             with theirs:
                 command = [sys.executable, "-I", "-S", guard.__file__, str(theirs.fileno())]
                 tree._guard = subprocess.Popen(  # noqa: ASYNC220 (a millisecond; watched by pidfd)
@@ -167,7 +197,7 @@ class Tree(asyncio.Protocol):
             if tree._guard:
                 tree._guard.kill()  # nothing was started yet: the guard waits for the launch
                 tree._guard.wait()
-            shutil.rmtree(place.home, ignore_errors=True)
+            tree._remove_places()
             raise
         tree._send(
             argv=list(launch.argv),
@@ -177,11 +207,13 @@ class Tree(asyncio.Protocol):
             cwd=str(place.cwd),
             home=str(place.home),
             record=str(place.record),
+            cgroup=str(tree._group.path) if tree._group else None,
             mark=place.mark,
             log=str(place.log),
             log_bytes=LOG_BYTES,
             log_files=LOG_FILES,
             grace_s=grace_s,
+            kill_s=launch.kill_s,
         )
         try:
             await asyncio.wait_for(asyncio.shield(tree.started), START_S)
@@ -213,10 +245,33 @@ class Tree(asyncio.Protocol):
             self._grace_s = grace_s
             self._send(do="end", grace_s=grace_s)
             if self._patience is None:
-                patience_s = grace_s + guard.KILL_S + ANSWER_S
+                patience_s = grace_s + self._kill_s + ANSWER_S
                 loop = asyncio.get_running_loop()
                 self._patience = loop.call_later(patience_s, self._give_up_on_guard)
         return await asyncio.shield(self.gone)
+
+    async def end_or_survive(self, grace_s: float) -> Gone | None:
+        """`end`, but None as soon as a member has survived SIGKILL: its end may never come."""
+        ending = asyncio.ensure_future(self.end(grace_s))
+        either: set[asyncio.Future[Any]] = {ending, self.survived}
+        try:
+            await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
+            return ending.result() if ending.done() else None
+        finally:
+            ending.cancel()  # only this wait for it
+
+    def _make_group(self) -> None:
+        """Before the fork; without one the tree is known by descent, record and mark."""
+        if path := self.place.group:
+            try:
+                self._group = cgroup.make(path)
+            except OSError as exc:
+                log.debug("no control group for tree %s: %s", self.place.mark, exc)
+
+    def _remove_places(self) -> None:
+        if self._group:
+            self._group.remove()
+        shutil.rmtree(self.place.home, ignore_errors=True)
 
     # ── news from the guard ─────────────────────────────────────────────────────────────────────
 
@@ -244,9 +299,12 @@ class Tree(asyncio.Protocol):
                     self.started.set_exception(failure)
                 self._report = Gone("exit", 0, ())
             case {"event": "exited"}:
-                _resolve(self.exited, Exit(code=news.get("code"), signal=news.get("signal")))
-            case {"event": "member_lost", "pid": pid, "name": name}:
-                _resolve(self.exited, Exit(member=f"{name} (pid {pid})"))
+                code, number = news.get("code"), news.get("signal")
+                was_oom = news.get("out_of_memory", False)
+                _resolve(self.exited, Exit(code, number, out_of_memory=was_oom))
+            case {"event": "member_lost", "pid": pid, "name": name, "out_of_memory": was_oom}:
+                member = f"{name} (pid {pid})"
+                _resolve(self.exited, Exit(member=member, out_of_memory=was_oom))
             case {"event": "survived", "members": members}:
                 _resolve(self.survived, members)
             case {"event": "gone", "how": how, "killed": killed, "removed": removed}:
@@ -304,7 +362,15 @@ class Tree(asyncio.Protocol):
         term_until = time.monotonic() + self._grace_s
         killed: set[int] = set()
         asked: set[int] = set()
-        while members := adopted(self.place.mark, recorded):
+        group, killed_group = self._group, False
+        while True:
+            found = adopted(self.place.mark, recorded, group)
+            # Once ended, one is known by that alone: its environment is gone.
+            recorded |= {(process.pid, process.start) for process in found}
+            # Other zombies are their parents' to reap, and hold nothing.
+            members = [p for p in found if p.state != "Z" or p.ppid == os.getpid()]
+            if not members and not (group and group.is_populated()):
+                break
             now = time.monotonic()
             for process in members:
                 shm |= guard.shared_memory(process.pid)
@@ -316,12 +382,15 @@ class Tree(asyncio.Protocol):
                 elif process.pid not in asked:
                     asked.add(process.pid)
                     guard.ask_to_end(process)
-            if now > term_until + guard.KILL_S:
-                _resolve(self.survived, [guard.describe(p) for p in members])
+            if group and now >= term_until + guard.TRACKER_S:
+                killed_group |= group.kill()
+            if now > term_until + self._kill_s:
+                alive = [process for process in members if process.state != "Z"]
+                _resolve(self.survived, [guard.describe(process) for process in alive])
             await asyncio.sleep(LOOK_S if not self.survived.done() else 1.0)
         removed = guard.remove_shared_memory(shm)
-        shutil.rmtree(self.place.home, ignore_errors=True)
-        how = "kill" if killed else "term"
+        self._remove_places()
+        how = "kill" if killed or killed_group else "term"
         _resolve(self.gone, Gone(how, len(killed), tuple(removed)))
 
     def __repr__(self) -> str:
@@ -348,16 +417,20 @@ def read_record(path: Path) -> tuple[set[tuple[int, int]], dict[str, int]]:
         return set(), {}
 
 
-def adopted(mark: str, recorded: set[tuple[int, int]]) -> list[Process]:
-    """Living members of a tree that has lost its guard: by the guard's record, and by mark.
+def adopted(mark: str, recorded: set[tuple[int, int]], group: Group | None = None) -> list[Process]:
+    """Living members of a tree that has lost its guard: by its record, its mark and its group.
 
     Descendants of members belong to it, too: a process may have wiped its environment.
     """
     everything = list(guard.every_process())
+    inside = group.pids() if group else set()
     roots = {
         process.pid
         for process in everything
-        if (process.pid, process.start) in recorded or guard.mark_of(process.pid) == mark
+        if (process.pid, process.start) in recorded
+        or process.pid in inside
+        or (process.state == "Z" and group and group.held(process.pid))
+        or guard.mark_of(process.pid) == mark
     }
     found = {process.pid: process for process in everything if process.pid in roots}
     for root in roots:
@@ -369,18 +442,25 @@ async def sweep(runtime_dir: Path) -> list[str]:
     """End what an earlier life of hive left under `runtime_dir`/w, and remove it.
 
     Needed only where hive and its guard were killed together; touches only processes that carry
-    the recorded mark or are the recorded (pid, start). Returns what was found, for the log.
+    the recorded mark, are the recorded (pid, start) or are in the recorded group. Returns what
+    was found, for the log.
     """
     found = []
     for home in sorted((runtime_dir / "w").glob("*")):
         record = home / "tree.json"
         recorded, shm = read_record(record)
+        group = cgroup.recorded(record)
         mark = ""
         with contextlib.suppress(OSError, ValueError, KeyError):
             mark = json.loads(record.read_bytes())["mark"]
         deadline = time.monotonic() + guard.KILL_S
         # A zombie is init's to reap, and holds nothing.
-        while mark and (members := [p for p in adopted(mark, recorded) if p.state != "Z"]):
+        while mark:
+            members = [p for p in adopted(mark, recorded, group) if p.state != "Z"]
+            if not members and not (group and group.is_populated()):
+                break
+            if group:
+                group.kill()
             for process in members:
                 shm |= guard.shared_memory(process.pid)
                 guard.send_signal(process, signal.SIGKILL)
@@ -389,6 +469,9 @@ async def sweep(runtime_dir: Path) -> list[str]:
                 break
             await asyncio.sleep(LOOK_S)
         found += [f"shared memory {name}" for name in guard.remove_shared_memory(shm)]
+        if group:
+            group.remove()
+            found.append(f"control group {group.path.name}")
         shutil.rmtree(home, ignore_errors=True)
         found.append(f"directory {home.name}")
     return list(dict.fromkeys(found))

@@ -2,11 +2,13 @@
 
 from pathlib import Path
 
-from hive.errors import WorkerSpawnFailed
+from hive.errors import ConfigInvalid, WorkerSpawnFailed
 from hive.settings import Model
 from hive.workers.client import EngineClient
 from hive.workers.command import engine_environment, nice_on, probe_as
 from hive.workers.environment import managed_python
+from hive.workers.footprint import CPU_KV_GIB, CPU_KV_VARIABLE, GIB, argument, stated_utilization
+from hive.workers.model_files import ModelFiles, model_files
 from hive.workers.process import Launch, Place
 
 SERVER = "vllm.entrypoints.openai.api_server"  # the `vllm` script of the CPU build cannot start
@@ -24,8 +26,36 @@ _PROBES = (
 _METHOD_NOT_ALLOWED = 405
 
 
+# With "cpu" vLLM computes on the CPU, whatever it was built for and whichever GPUs it sees.
+BACKEND_VARIABLE = "VLLM_TARGET_DEVICE"
+# What the model says goes, so what hive's own environment says of it does not.
+_NOT_INHERITED = (CPU_KV_VARIABLE, BACKEND_VARIABLE)
+
+
+def on_cuda(model: Model) -> bool:
+    """Whether a worker of the model computes on a GPU."""
+    return any(devices != ("cpu",) for devices in model.workers)
+
+
 def python_of(name: str, model: Model) -> Path:
-    """The Python of the model's engine environment. Raises WorkerSpawnFailed if there is none."""
+    """The Python of the model's engine environment.
+
+    Raises WorkerSpawnFailed if there is none, or only the managed one for a model on a GPU: that
+    has the CPU build, which would compute on the CPU. ConfigInvalid if `env` chooses the CPU.
+    """
+    if on_cuda(model):
+        if model.env.get(BACKEND_VARIABLE, "").lower() == "cpu":
+            raise ConfigInvalid(
+                f"models.{name}.env: {BACKEND_VARIABLE} is 'cpu', but the model's device is a GPU.",
+                action=f'Remove it, or choose the CPU with device = "cpu" in models.{name}.',
+            )
+        if model.python is None:
+            raise WorkerSpawnFailed(
+                f"Model {name}: there is no engine environment for a GPU; the one that hive "
+                "installs has the CPU build of vLLM.",
+                action="Set the model's 'python' to the Python of an environment that has vllm's "
+                'CUDA build and lmcache; or choose the CPU with device = "cpu".',
+            )
     python = model.python or managed_python()
     if python is None:
         raise WorkerSpawnFailed(
@@ -43,15 +73,40 @@ def python_of(name: str, model: Model) -> Path:
     return python
 
 
+def files_of(name: str, model: Model) -> ModelFiles | None:
+    """A path must be a whole model directory; None: the weights are not known.
+
+    What looks like a hub id is left to vLLM, and so are the files that another loader reads, or
+    makes up ('--load-format dummy'). Raises ConfigInvalid that names models.NAME.path.
+    """
+    assert model.path is not None
+    path = Path(model.path)
+    looks_local = path.is_absolute() or model.path.startswith((".", "~"))
+    if path.is_dir():
+        is_other = argument(model.args, "--load-format") is not None
+        return None if is_other else model_files(name, path)
+    if looks_local or path.exists():
+        raise ConfigInvalid(
+            f"models.{name}.path: {model.path} is not a directory.",
+            action="Name the directory that holds the model's config.json and weights.",
+        )
+    return None
+
+
 class VllmEngine:
-    """vLLM's own arguments are made from the settings; `args` and `env` come after them."""
+    """vLLM's own arguments are made from the settings; `args` and `env` come after them.
+
+    Nothing here depends on an earlier start: every start asks for the same, on the same devices.
+    """
 
     health_path = "/health"
 
     def __init__(self, name: str, model: Model) -> None:
         self.name, self.model = name, model
 
-    def launch(self, place: Place, devices: tuple[str, ...], visible: str | None) -> Launch:
+    def launch(
+        self, place: Place, devices: tuple[str, ...], visible: str | None, total_bytes: int
+    ) -> Launch:
         model = self.model
         assert model.path is not None
         is_local = Path(model.path).is_dir()
@@ -80,12 +135,24 @@ class VllmEngine:
             extra["HF_HUB_OFFLINE"] = "1"  # everything is there: nothing may be fetched instead
         if len(devices) > 1:
             argv += ["--tensor-parallel-size", str(len(devices))]
-        if devices == ("cpu",):
-            extra["VLLM_CPU_KVCACHE_SPACE"] = f"{model.kv_cache_gib or 1:g}"
-        elif model.kv_cache_gib:
-            argv += ["--kv-cache-memory-bytes", str(int(model.kv_cache_gib * 2**30))]
+        argv += self._memory(devices, total_bytes)
         env = engine_environment(model, place, visible, extra)
+        for variable in set(_NOT_INHERITED) - set(model.env):
+            env.pop(variable, None)
         return Launch([*argv, *model.args], env, VITAL, nice_on(devices))
+
+    def _memory(self, devices: tuple[str, ...], total_bytes: int) -> list[str]:
+        """What vLLM is told of memory: what the preflight has found to be free."""
+        model = self.model
+        kv_gib = model.kv_cache_gib or (CPU_KV_GIB if devices == ("cpu",) else 0)
+        told = ["--kv-cache-memory-bytes", str(int(kv_gib * GIB))] if kv_gib else []
+        if devices == ("cpu",):
+            return told
+        files = files_of(self.name, model)
+        share = stated_utilization(self.name, model, files, len(devices), total_bytes)
+        if share is not None:
+            told += ["--gpu-memory-utilization", f"{share:g}"]
+        return told
 
     async def probe(self, client: EngineClient) -> None:
         kind = self.model.probe or await self._task(client)

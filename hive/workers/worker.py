@@ -8,14 +8,33 @@ import asyncio
 import contextlib
 import random
 import time
-from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
-from dataclasses import dataclass, field
+from collections.abc import (
+    AsyncIterator,
+    Callable,
+    Coroutine,
+    Iterable,
+    Iterator,
+    Mapping,
+    Sequence,
+)
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import aiohttp
 
-from hive.errors import Conflict, HiveError, LoadingTimeout, WorkerCrashed
+from hive.devices.watch import Baseline, Devices, Receipt, Watched
+from hive.errors import (
+    Conflict,
+    CudaDeviceFailed,
+    GpuVramExhausted,
+    HiveError,
+    InsufficientDisk,
+    InsufficientRam,
+    LoadingTimeout,
+    ResourceLeakDetected,
+    WorkerCrashed,
+)
 from hive.events import (
     Announcer,
     WorkerEnded,
@@ -28,13 +47,20 @@ from hive.events import (
 from hive.policy.lifecycle import ON_THE_WAY, News, State, step
 from hive.policy.restarts import RestartPolicy
 from hive.settings import Timeouts
+from hive.workers import guard
 from hive.workers.client import EngineClient, ProbeFailed
-from hive.workers.diagnosis import last_words
+from hive.workers.diagnosis import Cause, Diagnosis, diagnose, last_words
+from hive.workers.ledger import Entry, Ledger
 from hive.workers.ports import Engine
 from hive.workers.process import Exit, Place, Tree
 
 POLL_S = (0.02, 0.5)  # first and longest pause between two looks at a loading engine
 HINT_S = 30.0  # told to clients until a load time was measured
+VRAM_S = 10.0  # what a driver may need to take the memory of a killed process back
+VRAM_HOW = (
+    "End the process that is named, or reset the GPU; then 'hive worker release' trusts the "
+    "device again."
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,6 +76,9 @@ class WorkerPlan:
     restarts: RestartPolicy
     drain_s: float
     log: Path
+    # Whatever else may be wrong before a start, with its GPUs as just read; blocking, raises.
+    preflight: Callable[[Sequence[Watched]], None]
+    alternatives: tuple[str, ...] = ()  # models that a VRAM error names
 
 
 class EngineOver(Exception):
@@ -78,6 +107,10 @@ class Life:
         # Resolved when the engine's end has been heard *and* the worker's state says so.
         self.over: asyncio.Future[Exit] = asyncio.get_running_loop().create_future()
         self.was_asked = False  # hive ended it; it did not end by itself
+        self.error: HiveError | None = None  # what its requests are told, where that is known
+        self.baselines: dict[str, Baseline] = {}  # of its devices, before it was started
+        self.entry: Entry | None = None  # in the ledger
+        self.pids: set[int] = set()  # every process that it was ever seen to consist of
         self._limits: set[asyncio.Timeout] = set()
 
     async def close(self) -> None:
@@ -103,6 +136,15 @@ class Life:
             raise
         finally:
             self._limits.discard(limit)
+
+    def see_pids(self, everything: Iterable[guard.Process] | None = None) -> set[int]:
+        """The processes that it consists of now; remembered for the account at its end."""
+        if self.tree is None:
+            return set()
+        root = self.tree.guard_pid
+        pids = {root} | {process.pid for process in guard.descendants(root, everything)}
+        self.pids |= pids
+        return pids
 
     async def over_within(self, seconds: float) -> Exit | None:
         """How the engine ended, if it ends within `seconds`."""
@@ -136,6 +178,8 @@ class Worker:
         plan: WorkerPlan,
         new_place: Callable[[Path], Place],
         announcer: Announcer,
+        devices: Devices,
+        ledger: Ledger,
         chance: Callable[[], float] = random.random,
     ) -> None:
         self.plan = plan
@@ -146,16 +190,20 @@ class Worker:
         self.since = time.time()
         self.life: Life | None = None
         self.last_exit: str | None = None
+        self.last_exit_code: int | None = None
         self.load_s: float | None = None  # the last measured load
         self.in_flight = 0
         self.counts = Counts()
         self._new_place = new_place
         self._announcer = announcer
+        self._devices = devices
+        self._ledger = ledger
         self._chance = chance
         self._inbox: asyncio.Queue[Message] = asyncio.Queue()
         self._wanted_up = False
         self._restart_asked = False
         self._is_fatal = False  # the failure cannot heal by starting again
+        self._fault: HiveError | None = None  # of a device: the tree is killed without grace
         self._pause_s = 0.0
         self._unasked = False
         self._hurry = asyncio.Event()
@@ -176,6 +224,8 @@ class Worker:
             self.counts.unasked = ()
             self._hurry.set()
 
+        if self.state is State.QUARANTINED:
+            raise self._conflict("start", "STOPPED or FAILED; release its device first")
         if self.state in (State.READY, State.LOADING, State.DRAINING, State.LOST):
             raise self._conflict("start", "STOPPED or FAILED")
         await self._post(News.START_ASKED, "start was asked", before=wanted)
@@ -200,14 +250,39 @@ class Worker:
             self._restart_asked = True
             self.counts.unasked = ()
 
-        if self.state is State.LOST:
-            raise self._conflict("restart", "anything but LOST")
+        if self.state in (State.LOST, State.QUARANTINED):
+            raise self._conflict("restart", "anything but LOST or QUARANTINED")
         if self.state in (State.STOPPED, State.FAILED):
             await self.start()
         else:
             await self._post(News.STOP_ASKED, "restart was asked", before=again)
             if self.state in (State.STOPPED, State.FAILED):
                 await self.start()  # it came to rest before it could be asked
+
+    def device_failed(self, error: HiveError, *, for_good: bool) -> None:
+        """A device of it failed: kill the tree at once, tell its requests `error`.
+
+        `for_good`: hive ends; otherwise the worker waits, QUARANTINED, for its device's release.
+        """
+
+        def condemned() -> None:
+            self._fault = error
+            if for_good:
+                self._wanted_up = self._restart_asked = False
+
+        message = Message(News.DEVICE_FAILED, None, error.message, before=condemned)
+        self._inbox.put_nowait(message)
+
+    async def released(self) -> None:
+        """Its devices are trusted again: start. Raises Conflict when it is not QUARANTINED."""
+
+        def wanted() -> None:
+            self._wanted_up = True
+            self.counts.unasked = ()
+
+        if self.state is not State.QUARANTINED:
+            raise self._conflict("release", "QUARANTINED")
+        await self._post(News.RELEASED, "its device was released", before=wanted)
 
     async def wait_for(self, *states: State) -> State:
         """Return when the worker is in one of `states`; the caller bounds the wait."""
@@ -261,6 +336,7 @@ class Worker:
             "unasked_restarts": len(self.counts.unasked),
             "load_seconds": round(self.load_s, 3) if self.load_s else None,
             "last_exit": self.last_exit,
+            "last_exit_code": self.last_exit_code,
             "error": self.error.code if self.error else None,
         }
 
@@ -274,7 +350,7 @@ class Worker:
                     self._handle(await self._inbox.get(), tasks)
         finally:
             if self.life and self.life.tree:
-                await asyncio.shield(self.life.tree.end(0))
+                await asyncio.shield(self.life.tree.end_or_survive(0))
 
     async def _post(
         self, news: News, reason: str, before: Callable[[], None] | None = None
@@ -337,17 +413,39 @@ class Worker:
             self._hurry.clear()
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._hurry.wait(), self._pause_s)
-        self._is_fatal = False
-        self.counts.starts += 1
+        self._is_fatal, self._fault = False, None
+        devices = self._devices.of(self.plan.devices)
         try:
+            baselines = await self._devices.ready_to_start(self.plan.devices)
+            await asyncio.to_thread(self.plan.preflight, devices)
             place = self._new_place(self.plan.log)
+        except HiveError as exc:
+            # The host's memory and disks may have room again in a while: the restart policy's.
+            self.error = exc
+            self._is_fatal = not isinstance(exc, InsufficientRam | InsufficientDisk)
+            self._report(News.SPAWN_FAILED, None, exc.message)
+            return
         except OSError as exc:
             self._report(News.SPAWN_FAILED, None, f"could not start: {exc.strerror}")
             return
+        self.counts.starts += 1
         life = self.life = Life(self.counts.starts, place, self.model)
+        life.baselines = baselines
         try:
-            launch = self.plan.engine.launch(place, self.plan.devices, self.plan.visible)
+            life.entry = await self._ledger.intend(
+                self.id,
+                place,
+                cgroup=place.group,
+                devices=_taken(devices, baselines),
+                grace_s=self.plan.timeouts.cleanup_s,
+            )
+            smallest = min((one.reading.total for one in devices if one.reading), default=0)
+            launch = await asyncio.to_thread(
+                self.plan.engine.launch, place, self.plan.devices, self.plan.visible, smallest
+            )
+            launch = replace(launch, kill_s=self.plan.timeouts.kill_s)
             life.tree = await Tree.spawn(launch, place, self.plan.timeouts.cleanup_s)
+            await self._ledger.started(life.entry, life.tree.guard_pid, life.tree.pid)
         except HiveError as exc:
             self.error, self._is_fatal = exc, True
             self._report(News.SPAWN_FAILED, life, exc.message)
@@ -388,6 +486,8 @@ class Worker:
             self._report(News.LOAD_EXPIRED, life, self.error.message)
             return
         self.load_s = time.monotonic() - life.began
+        if life.baselines:
+            await self._devices.see_pids(self.plan.devices, life.baselines, life.see_pids())
         self._announcer.announce(WorkerReady(self.id, self.model, self.load_s))
         self._report(News.ANSWERED, life, f"ready after {self.load_s:.1f} s")
 
@@ -407,32 +507,66 @@ class Worker:
             # were complete. Closed here, each request learns that it was cut off, and why.
             life.was_asked = not life.over.done()
             if life.was_asked:
+                life.error = self._fault
                 life.over.set_result(Exit())
             await life.close()
+            if life.baselines:
+                life.see_pids()
+                self._devices.noting_kill(self.plan.devices)
         if life and life.tree:
             began = time.monotonic()
-            grace_s = self.plan.timeouts.cleanup_s
-            ending = asyncio.ensure_future(life.tree.end(grace_s))
-            either: set[asyncio.Future[Any]] = {ending, life.tree.survived}
-            await asyncio.wait(either, return_when=asyncio.FIRST_COMPLETED)
-            if not ending.done():
-                ending.cancel()
-                members = life.tree.survived.result()
-                named = ", ".join(f"{m['pid']} ({m['name']}, {m['state']})" for m in members)
-                self._report(News.SURVIVED, life, f"survived SIGKILL: {named}")
+            # What hangs in a broken device does not end by being asked.
+            grace_s = 0 if self._fault else self.plan.timeouts.cleanup_s
+            gone = await life.tree.end_or_survive(grace_s)
+            if gone is None:
+                self.error = self._lost(life.tree.survived.result())
+                self._devices.lost(self.plan.devices, self.error)
+                if life.entry:
+                    await self._ledger.audit(life.entry)  # told as a leak while it is there
+                self._report(News.SURVIVED, life, self.error.message)
                 return
-            gone = ending.result()
             self._announcer.announce(
                 WorkerEnded(self.id, self.model, gone.how, time.monotonic() - began, gone.killed)
             )
+        if life and life.entry:
+            await self._account(life, life.entry)
         self.life = None
         # Decided where it is handled: what is asked until then still counts.
         self._inbox.put_nowait(Message(News.GONE, None, "", decide=self._what_follows))
+
+    async def _account(self, life: Life, entry: Entry) -> None:
+        """No process of the tree is left: is everything that it took back?
+
+        VRAM is only looked at, not waited for, when hive ends because of a device: it went with
+        the processes, and the driver of a broken device may answer late or never.
+        """
+        if life.baselines:
+            self._devices.noting_kill(self.plan.devices)
+            is_condemned = self._fault is not None and not self._wanted_up
+            receipts = await self._devices.receipts(
+                self.id,
+                self.plan.devices,
+                life.baselines,
+                life.pids,
+                within_s=0 if is_condemned else VRAM_S,
+            )
+            for device, (outcome, left) in receipts.items():
+                if outcome is Receipt.KEPT:
+                    leak = entry.leak("vram", f"{device}: {left}", VRAM_HOW)
+                    self._ledger.receipt(entry, device, leak)
+                elif outcome is Receipt.RETURNED:
+                    self._ledger.receipt(entry, device, "returned")
+                else:
+                    self._ledger.receipt(entry, device, "unproven")
+        await self._ledger.audit(entry)
 
     def _what_follows(self) -> tuple[News, str]:
         self._pause_s, self._unasked = 0.0, False
         if not self._wanted_up:
             return News.GONE, self.reason
+        if error := self._devices.quarantined(self.plan.devices):
+            self.error = self._fault or self.error or error
+            return News.QUARANTINE, error.message
         if self._restart_asked:
             self._restart_asked = False
             return News.RESTART_DUE, "restart was asked"
@@ -468,15 +602,22 @@ class Worker:
         assert life is not None
         assert life.tree is not None
         await asyncio.shield(life.tree.gone)
-        self._wanted_up = False
-        self._report(News.GONE, life, "the process that had survived SIGKILL is gone")
+        if life.entry:
+            await self._account(life, life.entry)
+        self.life, self._wanted_up = None, False
+        self._report(News.GONE, None, "the process that had survived SIGKILL is gone")
 
     def _exited(self, life: Life, exit_: Exit) -> None:
         """The engine's first process ended (called by the tree)."""
-        asked = self.state is State.STOPPING and life is self.life
-        self.last_exit = str(exit_)
+        # What hive killed may end only when nobody waits for it any more (LOST).
+        asked = life.was_asked or (self.state is State.STOPPING and life is self.life)
+        self.last_exit, self.last_exit_code = str(exit_), exit_.status
         words = "" if asked else "; ".join(last_words(self.plan.log))
         reason = str(exit_) if not words else f"{exit_}; last output: {words}"
+        if not asked:
+            if said := self._devices.evidence(self.plan.devices):
+                reason = f"{said}; {reason}"
+            self.error = life.error = self._device_error()
 
         def tell() -> None:
             cause = "asked" if asked else exit_.cause
@@ -490,6 +631,59 @@ class Worker:
 
         message = Message(News.EXITED, life, f"crashed: {reason}", before=tell, after=resolve)
         self._inbox.put_nowait(message)
+        if not asked and self.error:
+            self._devices.fail(self.plan.devices, self.error)
+
+    def _device_error(self) -> HiveError | None:
+        """What the engine said of its devices, typed; an application's own fault is a crash."""
+        if self.plan.devices == ("cpu",) or (found := diagnose(self.plan.log)) is None:
+            return None
+        named = ", ".join(self.plan.devices)
+        match found.cause:
+            case Cause.OUT_OF_MEMORY:
+                return self._out_of_memory(named, found)
+            case Cause.DEVICE_FAULT | Cause.NO_DEVICE:
+                return CudaDeviceFailed(
+                    f"Device {named} failed under worker {self.id}: {found.words}",
+                    device=named,
+                    worker=self.id,
+                    model=self.model,
+                )
+        return None
+
+    def _out_of_memory(self, device: str, found: Diagnosis) -> HiveError:
+        """In the engine's own numbers, as far as it told them (R019)."""
+        required, available = found.required_gib, found.available_gib
+        measured = f"{found.words}"
+        if required is not None and available is not None:
+            measured = f"{required:g}GB required, {available:g}GB available: {found.words}"
+        return GpuVramExhausted(
+            f"GPU out of memory: {measured}",
+            device=device,
+            worker=self.id,
+            model=self.model,
+            required_vram_gb=required,
+            available_vram_gb=available,
+            required_vram_mb=None if required is None else round(required * 1024),
+            available_vram_mb=None if available is None else round(available * 1024),
+            alternative_models=list(self.plan.alternatives),
+        )
+
+    def _lost(self, members: list[dict[str, Any]]) -> HiveError:
+        """The error of a tree that SIGKILL does not end: of its device, if it has one."""
+        named = ", ".join(
+            f"{m['name']} (pid {m['pid']}, state {m['state']}, in {m['wchan'] or 'the kernel'})"
+            for m in members
+        )
+        kind = ResourceLeakDetected if self.plan.devices == ("cpu",) else CudaDeviceFailed
+        return kind(
+            f"Processes of worker {self.id} survive SIGKILL: {named}.",
+            action="They hang in the kernel, on a GPU host mostly in its driver: look at the "
+            "kernel log, then reset the GPU or reboot.",
+            device=", ".join(self.plan.devices),
+            worker=self.id,
+            model=self.model,
+        )
 
     def _conflict(self, action: str, needed: str) -> Conflict:
         return Conflict(
@@ -500,3 +694,16 @@ class Worker:
 
     def __repr__(self) -> str:
         return f"<Worker {self.id} {self.state}>"
+
+
+def _taken(
+    devices: Iterable[Watched], baselines: Mapping[str, Baseline]
+) -> dict[str, dict[str, str | int]]:
+    """What the ledger writes down of each device before a start."""
+    return {
+        watched.device.id: {
+            "uuid": watched.device.uuid,
+            "free_bytes": baselines[watched.device.uuid].free,
+        }
+        for watched in devices
+    }

@@ -1,34 +1,83 @@
-"""What only a host with an NVIDIA GPU can show."""
+"""What only a host with an NVIDIA GPU can show.
+
+In a process of its own: where this one has loaded the NVML double, it would be asked instead.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
 
 import pytest
 
-from hive.devices import nvml
-from hive.errors import CudaDeviceNotFound, CudaDriverMissing
-
 pytestmark = pytest.mark.gpu
 
+TOP = Path(__file__).parents[2]
+LOOK = """
+import json
+from dataclasses import asdict
+from hive.devices import nvml
+from hive.errors import CudaDriverMissing, HiveError
 
-@pytest.fixture
-def devices() -> list[nvml.Device]:
-    try:
-        found = nvml.list_devices()
-    except CudaDriverMissing as exc:
-        pytest.skip(f"no GPU: {exc.message}")
-    if not found:
-        pytest.skip("no GPU: the driver lists none")
-    return found
+driver = nvml.Driver()
+try:
+    devices = driver.devices()
+except CudaDriverMissing as exc:
+    print(json.dumps({"none": exc.message}))
+    raise SystemExit
+names = [name for device in devices for name in (device.id, device.uuid)]
+beyond = f"cuda:{max((d.index for d in devices), default=-1) + 1}"
+try:
+    nvml.resolve(driver, [beyond])
+except HiveError as exc:
+    refusal = [exc.code, exc.message]
+print(json.dumps({
+    "devices": [asdict(device) for device in devices],
+    "resolved": {name: device.uuid for name, device in nvml.resolve(driver, names).items()},
+    "readings": [asdict(driver.read(device.uuid)) for device in devices],
+    "beyond": beyond,
+    "refusal": refusal,
+}))
+"""
 
 
-def test_a_device_is_known_by_its_number_and_by_its_uuid(devices: list[nvml.Device]) -> None:
-    first = devices[0]
-    assert first.uuid.startswith("GPU-")
-    assert nvml.resolve([f"cuda:{first.index}", first.uuid]) == {
-        f"cuda:{first.index}": first.uuid,
-        first.uuid: first.uuid,
-    }
+@pytest.fixture(scope="module")
+def seen() -> dict[str, Any]:
+    """What hive sees of this host's GPUs."""
+    env = {key: value for key, value in os.environ.items() if key != "NVML_DOUBLE"}
+    done = subprocess.run(
+        [sys.executable, "-c", LOOK],
+        cwd=TOP,
+        env=env,
+        stdout=subprocess.PIPE,
+        text=True,
+        check=True,
+        timeout=60,
+    )
+    seen: dict[str, Any] = json.loads(done.stdout)
+    if not seen.get("devices"):
+        pytest.skip(f"no GPU: {seen.get('none', 'the driver lists none')}")
+    return seen
 
 
-def test_a_number_beyond_the_last_is_not_replaced_by_another(devices: list[nvml.Device]) -> None:
-    beyond = f"cuda:{max(d.index for d in devices) + 1}"
-    with pytest.raises(CudaDeviceNotFound, match=beyond):
-        nvml.resolve([beyond])
+def test_a_device_is_known_by_its_number_and_by_its_uuid(seen: dict[str, Any]) -> None:
+    for device in seen["devices"]:
+        assert device["uuid"].startswith("GPU-")
+        assert seen["resolved"][f"cuda:{device['index']}"] == device["uuid"]
+        assert seen["resolved"][device["uuid"]] == device["uuid"]
+
+
+def test_a_number_beyond_the_last_is_not_replaced_by_another(seen: dict[str, Any]) -> None:
+    code, message = seen["refusal"]
+    assert code == "CUDA_DEVICE_NOT_FOUND"
+    assert seen["beyond"] in message
+    assert seen["devices"][0]["uuid"] in message
+
+
+def test_a_device_can_be_read(seen: dict[str, Any]) -> None:
+    for reading in seen["readings"]:
+        assert reading["total"] > 2**30
+        assert 0 < reading["free"] <= reading["total"]
+        assert 0 < reading["temperature_c"] < 110

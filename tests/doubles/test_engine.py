@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import select
 import signal
 import socket
@@ -16,6 +17,8 @@ from typing import Any
 import pytest
 
 from tests.doubles import engine_command
+from tests.doubles.nvml import Gpus
+from tests.patience import wait_until
 
 DEADLINE_S = 10.0
 PROMPT = {"messages": [{"role": "user", "content": "say it, tag=abc"}]}
@@ -579,6 +582,39 @@ def test_a_cuda_error_is_printed_before_it_dies(start: Start) -> None:
     assert "CUDA error: an illegal memory access" in engine.printed()
 
 
+@pytest.mark.parametrize(
+    ("how", "printed"),
+    [
+        ("cuda_oom", "torch.OutOfMemoryError: CUDA out of memory. Tried to allocate 2.00 GiB. "),
+        ("cuda_oom_words", "ValueError: Prompt"),
+        ("cuda_ecc", "torch.AcceleratorError: CUDA error: uncorrectable ECC error encountered"),
+        ("cuda_illegal", "torch.AcceleratorError: CUDA error: an illegal memory access was"),
+        ("cuda", "torch.AcceleratorError: CUDA error: unspecified launch failure"),
+    ],
+)
+def test_each_cuda_error_is_told_as_vllm_tells_it(start: Start, how: str, printed: str) -> None:
+    engine = start("--cuda-kind", "launch", "--core")
+    tree = engine.look()
+    assert engine.ask("POST", "/double/die", {"how": how}).status == 202
+    assert engine.ended() == 1
+    assert gone(tree["core"])
+    lines = engine.printed().splitlines()
+    errors = [line.split("] ", 1)[-1] for line in lines if line.startswith("(EngineCore pid=")]
+    assert errors[0] == "EngineCore encountered a fatal error."
+    assert sum(line.startswith(printed) for line in errors) == 1
+    assert re.fullmatch(r"\(EngineCore pid=\d+\) Process EngineCore:", errors[len(errors) // 2])
+    assert re.match(r"\(APIServer pid=\d+\) ERROR .*EngineDeadError: EngineCore enc", lines[-1])
+
+
+def test_words_of_an_error_are_not_the_error(start: Start) -> None:
+    engine = start("--die-how", "cuda_oom_words", "--die-after", "1")
+    engine.streaming().rest()
+    assert engine.ended() == 1
+    printed = engine.printed()
+    assert "CUDA out of memory" in printed
+    assert not re.search(r"(?m)(\] |\d\) )torch\.OutOfMemoryError", printed)
+
+
 def test_it_exits_unasked(start: Start) -> None:
     engine = start("--exit-after-s", "0.01", "--exit-code", "3", "--core", "--shm", "1")
     assert engine.ended() == 3
@@ -592,6 +628,103 @@ def test_it_ends_itself_after_its_time(start: Start) -> None:
     assert all(gone(tree[name]) for name in ("core", "worker", "escaped", "busy"))
 
 
+# What VRAM it takes
+
+
+@pytest.fixture
+def gpus(tmp_path: Path) -> Gpus:
+    gpus = Gpus(tmp_path / "nvml")
+    gpus.add(0, total_mib=10_000)
+    gpus.add(1, total_mib=10_000)
+    return gpus
+
+
+def seeing(gpus: Gpus, *uuids: str) -> dict[str, str]:
+    return {**os.environ, **gpus.env, "CUDA_VISIBLE_DEVICES": ",".join(uuids)}
+
+
+def uuid(index: int) -> str:
+    return f"GPU-{index:08d}-0000-0000-0000-000000000000"
+
+
+@pytest.mark.parametrize(("flags", "holder"), [((), "leader"), (("--core",), "worker")])
+def test_it_holds_vram_of_every_gpu_it_sees_until_it_is_gone(
+    start: Start, gpus: Gpus, flags: tuple[str, ...], holder: str
+) -> None:
+    gpus.add(2)
+    engine = start("--vram-mib", "9000", *flags, env=seeing(gpus, uuid(1), uuid(0)))
+    tree = engine.look()
+    for index in (0, 1):
+        held = gpus.directory / "hold" / uuid(index) / str(tree[holder])
+        assert held.read_text() == "9000"
+    assert [gpus.used_mib(index) for index in (0, 1, 2)] == [9500, 9500, 500]
+    engine.process.terminate()
+    assert engine.ended() == 0
+    assert eventually(lambda: [gpus.used_mib(index) for index in (0, 1)] == [500, 500])
+
+
+def test_it_holds_vram_while_it_loads(start: Start, gpus: Gpus) -> None:
+    start("--vram-mib", "100", "--load-s", "60", ready=False, env=seeing(gpus, uuid(0)))
+    assert eventually(lambda: gpus.used_mib(0) == 600)
+
+
+def test_a_worker_that_outlives_the_rest_keeps_its_vram(start: Start, gpus: Gpus) -> None:
+    flags = ("--vram-mib", "100", "--core", "--ignore-term")
+    engine = start(*flags, env=seeing(gpus, uuid(0)))
+    tree = engine.look()
+    engine.process.kill()
+    engine.ended()
+    os.kill(tree["core"], signal.SIGKILL)
+    assert gone(tree["core"])
+    assert alive(tree["worker"])
+    assert gpus.used_mib(0) == 600
+    os.kill(tree["worker"], signal.SIGKILL)
+    assert gone(tree["worker"])
+    assert eventually(lambda: gpus.used_mib(0) == 500)
+
+
+SHORT = {
+    "budget": (
+        "ValueError: Free memory on device cuda:1 (4.39/9.77 GiB) on startup is less than desired"
+        " GPU memory utilization (0.8, 7.81 GiB). Decrease GPU memory utilization or reduce GPU"
+        " memory used by other processes.\n"
+    ),
+    "allocation": (
+        "torch.OutOfMemoryError: CUDA out of memory. Tried to allocate 7.81 GiB. GPU 1 has a total"
+        " capacity of 9.77 GiB of which 4.39 GiB is free. "
+    ),
+}
+
+
+@pytest.mark.parametrize(("short", "printed"), SHORT.items())
+def test_with_too_little_vram_it_fails_and_holds_nothing(
+    start: Start, gpus: Gpus, short: str, printed: str
+) -> None:
+    gpus.hold(0, os.getpid(), 5000)
+    flags = ("--vram-mib", "8000", "--vram-short", short, "--core")
+    engine = start(*flags, ready=False, env=seeing(gpus, uuid(1), uuid(0)))
+    assert engine.ended() == 1
+    told = engine.printed()
+    assert re.search(
+        rf"\(EngineCore pid=\d+\) ERROR [-:\d ]+\[double\.py:1\] {re.escape(printed)}", told
+    )
+    assert told.endswith("Failed core proc(s): {'EngineCore': 1}\n")
+    assert [gpus.used_mib(index) for index in (0, 1)] == [5500, 500]
+    assert not engine.socket.exists()
+
+
+def test_a_gpu_that_is_gone_ends_the_start(start: Start, gpus: Gpus) -> None:
+    gpus.remove(0)
+    engine = start("--vram-mib", "1", ready=False, env=seeing(gpus, uuid(0)))
+    assert engine.ended() == 1
+    assert "No CUDA GPUs are available" in engine.printed()
+
+
+def test_without_a_visible_gpu_it_takes_none(start: Start, gpus: Gpus) -> None:
+    assert start("--vram-mib", "1", env=seeing(gpus)).chat().status == 200
+    assert not list((gpus.directory / "hold").iterdir())
+
+
 # What it leaves behind
 
 
@@ -599,8 +732,9 @@ def test_a_sigterm_ends_it_and_all_that_is_its(start: Start) -> None:
     engine = start("--core", "--busy", "--shm", "3")
     tree = engine.look()
     for pid, name in ((tree["core"], "VLLM::EngineCor"), (tree["worker"], "VLLM::Worker")):
+        line = Path(f"/proc/{pid}/cmdline")
+        wait_until(lambda f=line, n=name: f.read_bytes().startswith(n.encode()), name)  # type: ignore[misc]
         assert Path(f"/proc/{pid}/comm").read_text().strip() == name
-        assert Path(f"/proc/{pid}/cmdline").read_bytes().startswith(name.encode())
     assert all(Path("/dev/shm", name).stat().st_size == 65536 for name in tree["shm"])
     maps = Path(f"/proc/{tree['core']}/maps").read_text()
     assert all(name in maps for name in tree["shm"])
@@ -645,6 +779,23 @@ def test_a_grandchild_escapes_and_ignores_sigterm(start: Start, tmp_path: Path) 
     assert engine.ended() == 0
     assert alive(tree["escaped"])
     assert len(list(tmp_path.glob("vllm-*"))) == 2
+
+
+def test_who_escaped_can_hide_its_environment(start: Start) -> None:
+    engines = [
+        start("--setsid-grandchild", *flags, env={"WHOSE": "mine"})
+        for flags in ([], ["--wipe-environment"])
+    ]
+    known, hidden = (Path(f"/proc/{e.look()['escaped']}/environ").read_bytes() for e in engines)
+    assert known == b"WHOSE=mine\0"
+    assert not hidden.strip(b"\0")
+    assert Path(f"/proc/{engines[1].process.pid}/environ").read_bytes() == known
+
+
+def test_greed_has_a_bound(start: Start) -> None:
+    engine = start()
+    assert engine.ask("POST", "/double/die", {"how": "greedy"}).status == 202
+    assert engine.ended() == 1
 
 
 def test_sigterm_can_be_ignored_by_all_of_it(start: Start) -> None:

@@ -130,7 +130,7 @@ def test_the_response_has_the_errors_status_and_headers() -> None:
 
 
 def test_an_error_in_a_stream_is_one_event_of_one_line() -> None:
-    error = errors.WorkerCrashed("It ended.\n\nWith a blank line.", cause="exit")
+    error = errors.WorkerCrashed("It ended.\n\nWith a blank line.", cause="crashed")
     text = problems.event(error, "req-1").decode()
     name, data, *rest = text.split("\n")
 

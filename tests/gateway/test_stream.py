@@ -147,7 +147,7 @@ async def test_an_events_text_is_redacted() -> None:
     """What an engine said last may hold a key (R076)."""
     stream = EventStream()
     with stream.reader(None) as queue:
-        stream.hear(WorkerExited("a-0", "a", "exit", "token=s3cr3t\n\ndata: x", asked=False))
+        stream.hear(WorkerExited("a-0", "a", "crashed", "token=s3cr3t\n\ndata: x", asked=False))
         (message,) = waiting(queue)
 
     assert message is not None

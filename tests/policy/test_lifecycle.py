@@ -4,9 +4,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hive.policy.lifecycle import ALIVE, NEXT, ON_THE_WAY, News, State, step
+from hive.policy.lifecycle import ALIVE, AT_REST, NEXT, ON_THE_WAY, News, State, step
 
-REST = {State.STOPPED, State.FAILED, State.LOST}
 ENTRIES = [(old, news, new) for old, row in NEXT.items() for news, new in row.items()]
 
 
@@ -60,6 +59,7 @@ def test_only_a_proved_end_of_the_tree_leads_from_life_to_rest() -> None:
         (State.STOPPING, News.GONE),
         (State.STOPPING, News.RESTART_DUE),
         (State.STOPPING, News.GAVE_UP),
+        (State.STOPPING, News.QUARANTINE),
         (State.STOPPING, News.SURVIVED),
         (State.LOST, News.GONE),
     }
@@ -82,6 +82,7 @@ def test_a_worker_at_rest_stays_there_until_an_operator_or_the_kernel_moves_it()
 
     assert set(NEXT[State.STOPPED]) == {News.START_ASKED}
     assert set(NEXT[State.FAILED]) == asked
+    assert set(NEXT[State.QUARANTINED]) == {News.RELEASED, News.STOP_ASKED}
     assert set(NEXT[State.LOST]) == {News.GONE}
 
 
@@ -91,5 +92,17 @@ def test_a_worker_on_its_way_becomes_ready_without_an_operator() -> None:
 
 
 def test_rest_and_life_are_different_states() -> None:
-    assert REST.intersection(ALIVE) == {State.LOST}
-    assert REST.isdisjoint(ON_THE_WAY)
+    assert {State.LOST} == AT_REST & ALIVE
+    assert AT_REST.isdisjoint(ON_THE_WAY)
+    assert set(State) == AT_REST | ALIVE | ON_THE_WAY
+
+
+@pytest.mark.parametrize("state", sorted((ALIVE | ON_THE_WAY) - {State.STOPPING, State.LOST}))
+def test_a_device_that_fails_ends_whatever_runs_on_it_without_draining(state: State) -> None:
+    assert step(state, News.DEVICE_FAILED) is State.STOPPING
+
+
+def test_only_a_release_leads_out_of_quarantine_to_life() -> None:
+    """A start does not: whoever asks for it has not said that the device is repaired (R013)."""
+    assert step(State.QUARANTINED, News.START_ASKED) is State.QUARANTINED
+    assert step(State.QUARANTINED, News.RELEASED) is State.STARTING

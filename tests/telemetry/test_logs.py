@@ -112,7 +112,7 @@ def test_a_requests_level_is_its_errors(lines: Lines, error: type[HiveError]) ->
         (WorkerMoved("m-0", "m", "STOPPING", "FAILED"), "error"),
         (WorkerMoved("m-0", "m", "STOPPING", "LOST"), "error"),
         (WorkerExited("m-0", "m", "asked", "exit status 0", asked=True), "info"),
-        (WorkerExited("m-0", "m", "exit", "exit status 0", asked=False), "error"),
+        (WorkerExited("m-0", "m", "crashed", "exit status 0", asked=False), "error"),
         (WorkerRestartPlanned("m-0", "m", 1.0, 1, 5), "warning"),
         (WorkerEnded("m-0", "m", "term", 0.1, 0), "info"),
         (WorkerEnded("m-0", "m", "kill", 5.1, 3), "warning"),

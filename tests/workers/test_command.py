@@ -28,7 +28,7 @@ def engine(command: list[str] | None = None, **more: Any) -> CommandEngine:
 
 
 def env_of(visible: str | None = None, **more: Any) -> dict[str, str]:
-    return dict(engine(**more).launch(PLACE, ("cpu",), visible).env)
+    return dict(engine(**more).launch(PLACE, ("cpu",), visible, 0).env)
 
 
 # ── Arguments ───────────────────────────────────────────────────────────────────────────────────
@@ -36,7 +36,8 @@ def env_of(visible: str | None = None, **more: Any) -> dict[str, str]:
 
 def test_placeholders_are_filled_in_and_args_come_last_as_they_are() -> None:
     command = ["sh", "--uds={socket}", "{model}:{device}", "{other}"]
-    launch = engine(command, args=["--x", "{model}"]).launch(PLACE, ("cuda:1", "cuda:2"), "A,B")
+    made = engine(command, args=["--x", "{model}"])
+    launch = made.launch(PLACE, ("cuda:1", "cuda:2"), "A,B", 2**30)
 
     assert launch.argv[0].endswith("/sh")
     assert launch.argv[1:] == [
@@ -51,7 +52,7 @@ def test_placeholders_are_filled_in_and_args_come_last_as_they_are() -> None:
 
 def test_a_program_that_is_not_there_is_named() -> None:
     with pytest.raises(WorkerSpawnFailed, match=r"llama.*'no-such-program'") as caught:
-        engine(["no-such-program", "{socket}"]).launch(PLACE, ("cpu",), None)
+        engine(["no-such-program", "{socket}"]).launch(PLACE, ("cpu",), None, 0)
 
     assert "'command'" in caught.value.suggested_action
 

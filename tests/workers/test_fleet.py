@@ -6,12 +6,15 @@ from typing import Any
 
 import pytest
 
+from hive.devices.nvml import Device, Driver
+from hive.devices.watch import Devices
 from hive.errors import ModelNotFound, NotFound, ServiceUnavailable
 from hive.events import Announcer
 from hive.policy.lifecycle import State
 from hive.settings import Settings
 from hive.workers.command import CommandEngine
 from hive.workers.fleet import Fleet
+from hive.workers.ledger import Ledger
 from hive.workers.preflight import prepare_directories
 from hive.workers.vllm import VllmEngine
 from hive.workers.worker import HINT_S, Worker
@@ -21,7 +24,7 @@ from tests.patience import awaited, short_directory
 COMMAND = engine_command("--uds", "{socket}", "--model", "{model}")
 CPU = {"engine": "command", "device": "cpu", "command": COMMAND, "probe": "completion"}
 TWICE = {**CPU, "device": None, "replicas": ["cpu", "cpu"]}
-UUIDS = {"cuda:0": "GPU-a", "cuda:1": "GPU-b", "cuda:2": "GPU-c"}
+UUIDS = ("GPU-a", "GPU-b", "GPU-c")
 
 
 @pytest.fixture
@@ -34,7 +37,11 @@ def fleet_of(home: Path, models: dict[str, Any], **sections: Any) -> Fleet:
     server = {"state_dir": home / "s", "runtime_dir": home / "r", "drain_s": 7}
     settings = Settings.model_validate({"server": server, "models": models, **sections})
     prepare_directories(settings)
-    return Fleet(settings, UUIDS, Announcer())
+    announcer = Announcer()
+    resolved = {f"cuda:{n}": Device(n, uuid, "a GPU") for n, uuid in enumerate(UUIDS)}
+    devices = Devices(Driver(), resolved, announcer)
+    ledger = Ledger(home / "s" / "ledger", announcer.announce)
+    return Fleet(settings, devices, ledger, announcer)
 
 
 def refused(fleet: Fleet, model: str = "m") -> ServiceUnavailable:

@@ -14,8 +14,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hive.workers import guard
-from hive.workers.guard import Log, Process, Record
+from hive.workers import cgroup, guard
+from hive.workers.guard import Group, Log, OomKills, Process, Record
 from tests.patience import short_directory, wait_until
 
 
@@ -135,6 +135,161 @@ def test_a_process_that_will_not_go_is_described_for_the_operator(
     assert guard.describe(seen(sleeper.pid)).keys() == {"pid", "name", "state", "wchan"}
 
 
+def test_how_a_process_ended_is_known_until_it_is_reaped(sleeper: subprocess.Popen[bytes]) -> None:
+    assert guard.ended_by(sleeper.pid) is None
+    sleeper.send_signal(signal.SIGKILL)
+    wait_until(lambda: seen(sleeper.pid).state == "Z", "the end")
+
+    assert guard.ended_by(sleeper.pid) == signal.SIGKILL
+    sleeper.wait()
+    assert guard.ended_by(sleeper.pid) is None
+
+
+def test_an_exit_is_no_signal() -> None:
+    with subprocess.Popen(["sh", "-c", "exit 9"]) as process:
+        wait_until(lambda: seen(process.pid).state == "Z", "the end")
+        assert guard.ended_by(process.pid) == 0
+
+
+# ── Control groups ──────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.fixture
+def group() -> Iterator[Group]:
+    """A control group of this test's own."""
+    parent = cgroup.find()
+    if parent is None:
+        pytest.skip("no writable cgroup v2 with cgroup.kill")
+    made = cgroup.make(parent / f"hive-test{os.getpid()}")
+    yield made
+    made.kill()
+    wait_until(lambda: not made.is_populated(), "the group to be empty")
+    made.remove()
+
+
+def test_a_group_knows_and_kills_its_members(
+    group: Group, sleeper: subprocess.Popen[bytes]
+) -> None:
+    assert (group.pids(), group.is_populated()) == (set(), False)
+    assert repr(group) == f"<Group {group.path} empty>"
+    guard.tell_kernel(group.path / "cgroup.procs", str(sleeper.pid))
+    assert (group.pids(), group.is_populated()) == ({sleeper.pid}, True)
+    assert repr(group).endswith(" populated>")
+
+    group.kill()
+    assert sleeper.wait(5) == -signal.SIGKILL
+    assert (group.pids(), group.is_populated()) == (set(), False)
+
+
+def test_who_joins_takes_what_it_starts_along(group: Group) -> None:
+    code = (
+        "import subprocess, sys; from hive.workers.guard import Group; Group(sys.argv[1]).join(); "
+        "print(subprocess.Popen(['sleep', '600']).pid, flush=True); input()"
+    )
+    command = [sys.executable, "-c", code, str(group.path)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+        assert process.stdout
+        child = int(process.stdout.readline())
+        inside = group.pids()
+        group.kill()
+
+    assert inside == {process.pid, child}
+    assert process.returncode == -signal.SIGKILL
+
+
+def test_members_in_groups_of_their_own_making_are_members(
+    group: Group, sleeper: subprocess.Popen[bytes]
+) -> None:
+    """Killed with the others, and their groups removed with the group."""
+    inner = group.path / "a" / "b"
+    inner.mkdir(parents=True)
+    guard.tell_kernel(inner / "cgroup.procs", str(sleeper.pid))
+    assert group.pids() == {sleeper.pid}
+    group.remove()
+    assert inner.exists()
+
+    group.kill()
+    assert sleeper.wait(5) == -signal.SIGKILL
+    wait_until(lambda: not group.is_populated(), "the group to be empty")
+    group.remove()
+    assert not group.path.exists()
+
+
+def test_a_member_of_the_group_belongs_to_the_tree_whoever_its_parent_is(
+    group: Group, sleeper: subprocess.Popen[bytes]
+) -> None:
+    nobody = 1 << 30
+    assert guard.members_of(nobody, group) == []
+    guard.tell_kernel(group.path / "cgroup.procs", str(sleeper.pid))
+
+    assert [process.pid for process in guard.members_of(nobody, group)] == [sleeper.pid]
+    assert guard.members_of(nobody, None) == []
+    # It is counted once, although it is below us, too.
+    pids = [process.pid for process in guard.members_of(os.getpid(), group)]
+    assert pids.count(sleeper.pid) == 1
+
+
+def test_a_group_that_is_gone_has_nobody(tmp_path: Path) -> None:
+    gone = Group(tmp_path / "gone")
+    gone.join()
+    gone.kill()
+    gone.remove()
+
+    assert (gone.pids(), gone.is_populated()) == (set(), False)
+    with pytest.raises(FileNotFoundError):
+        guard.tell_kernel(gone.path / "cgroup.kill", "1")
+
+
+# ── Killed for memory ───────────────────────────────────────────────────────────────────────────
+
+
+@pytest.fixture
+def counted(tmp_path: Path) -> Path:
+    """What the group around a tree's own would count, as the kernel writes it."""
+    (tmp_path / "hive" / "hive-1").mkdir(parents=True)
+    events = tmp_path / "hive" / "memory.events"
+    events.write_text("low 0\nhigh 0\nmax 4\noom 3\noom_kill 2\noom_group_kill 9\n")
+    return events
+
+
+def count(events: Path, number: int) -> None:
+    events.write_text(f"oom 7\noom_kill {number}\noom_group_kill 9\n")
+
+
+def test_the_nearest_group_with_the_controller_counts(counted: Path) -> None:
+    kills = OomKills(Group(counted.parent / "hive-1"))
+    assert kills.path == counted
+    assert not kills.any_lately()
+    count(counted, 3)
+    assert kills.any_lately()
+
+
+def test_what_was_killed_long_ago_is_no_reason_now(counted: Path) -> None:
+    kills = OomKills(Group(counted.parent / "hive-1"))
+    began = kills.seen[0][0]
+    count(counted, 3)
+    kills.look(began + guard.OOM_S)
+    assert kills.any_lately()
+    kills.look(began + guard.OOM_S + 1)
+
+    assert not kills.any_lately()
+    assert len(kills.seen) <= 2
+
+
+def test_without_a_group_the_host_counts() -> None:
+    kills = OomKills(None)
+
+    assert kills.path == Path("/proc/vmstat")
+    assert kills.seen[0][1] == kills._count()
+
+
+def test_a_count_that_cannot_be_read_is_no_reason(counted: Path) -> None:
+    kills = OomKills(Group(counted.parent / "hive-1"))
+    counted.unlink()
+
+    assert not kills.any_lately()
+
+
 # ── Shared memory ───────────────────────────────────────────────────────────────────────────────
 
 
@@ -173,6 +328,24 @@ def test_another_file_of_the_same_name_stays(shm: Path) -> None:
 def test_a_recorded_name_that_is_gone_is_no_error() -> None:
     assert guard.remove_shared_memory({"hivetest_never_there": 1}) == []
     assert guard.remove_shared_memory({}) == []
+
+
+def test_a_semaphore_is_found_although_its_name_changed() -> None:
+    """glibc maps it under another name that it deletes: Python's locks, and vLLM's."""
+    code = (
+        "import multiprocessing as m; lock = m.get_context('spawn').Lock(); "
+        "print(lock._semlock.name, flush=True); input()"
+    )
+    command = [sys.executable, "-I", "-S", "-c", code]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+        assert process.stdout
+        name = f"sem.{process.stdout.readline().decode().strip().removeprefix('/')}"
+        found = guard.shared_memory(process.pid)
+        inode = Path(guard.SHM, name).stat().st_ino
+        assert process.stdin
+        process.stdin.close()
+
+    assert found[name] == inode
 
 
 # ── The log ─────────────────────────────────────────────────────────────────────────────────────
@@ -239,6 +412,7 @@ def test_the_record_says_who_belongs_to_the_tree_and_what_it_maps(
     assert content["mark"] == "a mark"
     assert content["guard"] == os.getpid()
     assert content["members"] == [[me.pid, me.start]]
+    assert content["cgroup"] is None
     assert content["shm"][shm.name] == shm.stat().st_ino
     assert os.listdir(tmp_path) == ["tree.json"]
 
@@ -293,11 +467,11 @@ def test_the_guard_needs_nothing_but_the_standard_library() -> None:
     assert set(loaded) <= sys.stdlib_module_names
 
 
-def test_an_end_that_comes_with_the_launch_is_obeyed_too(tmp_path: Path) -> None:
-    """hive may be told to stop a worker before its guard has read what to start."""
-    home = tmp_path / "home"
+def launch_in(directory: Path, **facts: object) -> dict[str, object]:
+    """What hive tells a guard to start; its home exists."""
+    home = directory / "home"
     home.mkdir()
-    launch = {
+    return {
         "argv": [sys.executable, "-c", "import time; time.sleep(60)"],
         "env": {},
         "cwd": "/",
@@ -306,18 +480,46 @@ def test_an_end_that_comes_with_the_launch_is_obeyed_too(tmp_path: Path) -> None
         "mark": "m",
         "vital": [],
         "nice": 0,
-        "log": str(tmp_path / "log"),
+        "log": str(directory / "log"),
         "log_bytes": 1000,
         "log_files": 1,
         "grace_s": 5,
+        "kill_s": 5,
+        "cgroup": None,
+        **facts,
     }
+
+
+def told(launch: dict[str, object], *before: str) -> list[dict[str, object]]:
+    """What a guard says that is told to end at once, run by the program `before`."""
     ours, theirs = socket.socketpair()
     with ours, theirs:
-        end = {"do": "end", "grace_s": 5}
+        end = {"do": "end", "grace_s": launch["grace_s"]}
         ours.sendall(b"".join(json.dumps(m).encode() + b"\n" for m in (launch, end)))
-        command = [sys.executable, "-I", "-S", guard.__file__, str(theirs.fileno())]
-        done = subprocess.run(command, pass_fds=[theirs.fileno()], timeout=30, check=True)
-        news = [json.loads(line)["event"] for line in ours.recv(65536).splitlines()]
-    assert done.returncode == 0
-    assert news == ["started", "exited", "gone"]
-    assert not home.exists()
+        command = [*before, sys.executable, "-I", "-S", guard.__file__, str(theirs.fileno())]
+        subprocess.run(command, pass_fds=[theirs.fileno()], timeout=30, check=True)
+        return [json.loads(line) for line in ours.recv(65536).splitlines()]
+
+
+def test_an_end_that_comes_with_the_launch_is_obeyed_too(tmp_path: Path) -> None:
+    """hive may be told to stop a worker before its guard has read what to start."""
+    news = told(launch_in(tmp_path))
+
+    assert [one["event"] for one in news] == ["started", "exited", "gone"]
+    assert not (tmp_path / "home").exists()
+
+
+def test_a_member_that_cannot_be_seen_is_killed_and_waited_for_by_the_group(
+    tmp_path: Path, group: Group, sleeper: subprocess.Popen[bytes]
+) -> None:
+    """In another pid namespace it has no pid that a signal could be sent to."""
+    unseen = ["unshare", "--pid", "--fork", "--mount-proc"]
+    if subprocess.run([*unseen, "true"], check=False, capture_output=True).returncode:
+        pytest.skip("no pid namespace can be made")
+    guard.tell_kernel(group.path / "cgroup.procs", str(sleeper.pid))
+    news = told(launch_in(tmp_path, cgroup=str(group.path), grace_s=0), *unseen)
+
+    assert news[-1]["event"] == "gone"
+    assert news[-1]["how"] == "kill"
+    assert sleeper.wait(0) == -signal.SIGKILL
+    assert not group.path.exists()

@@ -6,16 +6,20 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import AsyncIterator, Iterator, Sequence
-from contextlib import asynccontextmanager, suppress
+from contextlib import asynccontextmanager, contextmanager, suppress
+from dataclasses import replace
 from pathlib import Path
+from textwrap import indent
 
 import pytest
 
 from hive.errors import WorkerSpawnFailed
-from hive.workers import guard, process
-from hive.workers.guard import Process
+from hive.workers import cgroup, guard, process
+from hive.workers.guard import Group, Process
 from hive.workers.process import Exit, Launch, Place, Tree, read_record, sweep
+from tests.doubles.unkillable import WHY_NOT, Freezer, hierarchy
 from tests.patience import awaited, short_directory, until, wait_until
 
 # Engines in miniature: each says "up" once it is what its name says.
@@ -37,6 +41,28 @@ file = open("/dev/shm/" + os.environ["SHM_NAME"], "w+b")
 file.truncate(4096)
 mapped = mmap.mmap(file.fileno(), 4096)
 {QUIET}
+"""
+# Always another process: whoever looks at one may find it gone. Its parent stays; its life and its
+# number are bounded, lest a test that fails leaves it to the host.
+RUNAWAY = """
+if os.fork():
+    print("up", flush=True)
+    signal.pause()
+os.setsid()
+signal.signal(signal.SIGTERM, signal.SIG_IGN)
+deadline = time.monotonic() + 10
+while time.monotonic() < deadline:
+    if os.fork():
+        os._exit(0)
+    time.sleep(0.01)
+"""
+# Out of memory, in a group that has little of it.
+GREEDY = """
+with open(os.environ["SMALL"] + "/cgroup.procs", "w") as members:
+    members.write("0")
+taken = []
+while True:
+    taken.append(bytearray(1 << 20))
 """
 LITTER = f"""
 open(os.environ["TMPDIR"] + "/litter", "w").write("x")
@@ -77,8 +103,8 @@ def open_files() -> set[str]:
     return {fd for fd in os.listdir("/proc/self/fd") if os.path.exists(f"/proc/self/fd/{fd}")}
 
 
-def place_in(home: Path, name: str = "1") -> Place:
-    return Place(home / "w" / name, home / f"{name}.log")
+def place_in(home: Path, name: str = "1", groups: Path | None = None) -> Place:
+    return Place(home / "w" / name, home / f"{name}.log", groups=groups)
 
 
 def launch(place: Place, code: str, vital: Sequence[str] = (), **env: str) -> Launch:
@@ -133,7 +159,7 @@ async def test_a_program_that_ends_by_itself_is_reported_with_its_status(home: P
     exit_, gone = await tree.exited, await tree.gone
 
     assert exit_ == Exit(code=3)
-    assert (exit_.cause, str(exit_)) == ("exit", "exit status 3")
+    assert (exit_.cause, str(exit_)) == ("crashed", "exit status 3")
     assert (gone.how, gone.killed, gone.removed) == ("exit", 0, ())
     assert not place.home.exists()
     assert place.log.read_text().splitlines()[1:] == ["bye"]
@@ -158,6 +184,7 @@ async def test_an_engine_that_dies_of_a_signal_is_reported_with_it(home: Path) -
 
     assert exit_ == Exit(signal=signal.SIGSEGV)
     assert (exit_.cause, str(exit_)) == ("signal", "signal SIGSEGV")
+    assert exit_.status == 128 + signal.SIGSEGV
     await tree.gone
 
 
@@ -345,6 +372,107 @@ async def test_a_flood_of_output_is_bounded_on_disk(
     assert "line 19999 " in files[0].read_text().splitlines()[-1]
 
 
+@awaited
+async def test_semaphores_go_with_the_tree_even_when_their_keeper_is_killed(home: Path) -> None:
+    """Python's resource tracker removes them; killed with the engine, it cannot (R145)."""
+    place = place_in(home)
+    code = f"import multiprocessing\nlock = multiprocessing.get_context('spawn').Lock()\n{QUIET}"
+    async with started(place, code) as tree:
+        names = await until(lambda: read_record(place.record)[1], "the semaphore on record")
+        (tracker,) = (
+            p.pid for p in guard.descendants(tree.pid) if guard.is_resource_tracker(p.pid)
+        )
+        for pid in (tracker, tree.pid):
+            os.kill(pid, signal.SIGKILL)
+        gone = await tree.gone
+
+        assert gone.removed == tuple(names)
+        assert [name.startswith("sem.mp-") for name in names] == [True]
+
+
+# ── Killed by the kernel ────────────────────────────────────────────────────────────────────────
+
+
+@pytest.fixture
+def small() -> Iterator[Path]:
+    """A control group with little memory, for a process to put itself into."""
+    v1, v2 = hierarchy("memory"), cgroup.find()
+    name = f"hivetest-{os.getpid()}"
+    if v1:
+        path = v1 / name
+        limits = {"memory.limit_in_bytes": 64 << 20, "memory.memsw.limit_in_bytes": 64 << 20}
+    elif v2 and "memory" in (v2 / "cgroup.subtree_control").read_text().split():
+        path = v2 / name
+        limits = {"memory.max": 64 << 20, "memory.swap.max": 0}
+    else:
+        pytest.skip("no writable memory controller: the kernel kills nobody for memory")
+    path.mkdir()
+    for limit, most in limits.items():
+        if (path / limit).exists():
+            (path / limit).write_text(str(most))
+    yield path
+    wait_until(lambda: not (path / "cgroup.procs").read_text(), "the group to be empty")
+    path.rmdir()
+
+
+@awaited
+async def test_an_engine_that_the_kernel_kills_for_memory_is_reported_so(
+    home: Path, small: Path
+) -> None:
+    """(EH-004b)"""
+    place = place_in(home)
+    tree = await Tree.spawn(launch(place, GREEDY, SMALL=str(small)), place)
+    exit_ = await tree.exited
+
+    assert exit_ == Exit(signal=signal.SIGKILL, out_of_memory=True)
+    assert exit_.cause == "out_of_memory"
+    assert str(exit_) == "killed by the kernel for memory (out of host RAM)"
+    await tree.gone
+
+
+@awaited
+async def test_a_vital_member_that_the_kernel_kills_for_memory_is_named(
+    home: Path, small: Path
+) -> None:
+    """vLLM's core takes the memory, not its API server."""
+    place = place_in(home)
+    code = f"""
+signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGUSR1])
+if not os.fork():
+    open("/proc/self/comm", "w").write("core 7")
+    signal.sigwait([signal.SIGUSR1])
+{indent(GREEDY, "    ")}
+{QUIET}
+"""
+    one = launch(place, code, vital=("core",), SMALL=str(small))
+    async with running(one, place) as tree:
+        core = await named(tree.guard_pid, "core 7")
+        await until(lambda: _watches(tree.guard_pid, core.pid), "the guard to watch it")
+        os.kill(core.pid, signal.SIGUSR1)
+        exit_ = await tree.exited
+
+        assert exit_.cause == "out_of_memory"
+        assert str(exit_) == (
+            f"its process core 7 (pid {core.pid}) was killed by the kernel for memory "
+            "(out of host RAM)"
+        )
+
+
+@awaited
+async def test_what_hive_kills_was_not_killed_for_memory(home: Path, small: Path) -> None:
+    """Although the kernel killed somebody for memory a moment ago."""
+    place = place_in(home)
+    code = f"""
+if not os.fork():
+{indent(GREEDY, "    ")}
+os.wait()
+{DEAF}
+"""
+    async with running(launch(place, code, SMALL=str(small)), place) as tree:
+        assert (await tree.end(0)).how == "kill"
+        assert await tree.exited == Exit(signal=signal.SIGKILL)
+
+
 # ── Starts that fail ────────────────────────────────────────────────────────────────────────────
 
 
@@ -440,8 +568,8 @@ async def test_a_guard_that_does_not_answer_is_killed_and_the_tree_ended(
 ) -> None:
     """A stopped guard holds nobody up for ever (R048)."""
     monkeypatch.setattr(process, "ANSWER_S", 0.1)
-    monkeypatch.setattr(guard, "KILL_S", 0.2)
-    async with started(place_in(home), DEAF) as tree:
+    place = place_in(home)
+    async with running(replace(launch(place, DEAF), kill_s=0.2), place) as tree:
         os.kill(tree.guard_pid, signal.SIGSTOP)
         gone = await tree.end(0.1)
 
@@ -459,6 +587,242 @@ async def test_a_guard_that_is_told_to_end_ends_its_tree(home: Path) -> None:
         assert (await tree.gone).how == "term"
 
 
+# ── In a control group ──────────────────────────────────────────────────────────────────────────
+
+
+def group_of(place: Place) -> Path:
+    assert place.group
+    return place.group
+
+
+@contextmanager
+def somebody() -> Iterator[Process]:
+    """A process that is neither ours nor the tree's to reap, and will be asked to end."""
+    with subprocess.Popen(["sh", "-c", "sleep 600; exit $?"]) as parent:
+        (child,) = wait_until(
+            lambda: [p for p in guard.descendants(parent.pid) if p.name == "sleep"], "the sleep"
+        )
+        try:
+            yield child
+            assert parent.wait(10) == 128 + signal.SIGTERM
+        finally:
+            guard.send_signal(child, signal.SIGKILL)
+
+
+@pytest.fixture
+def groups() -> Path:
+    """Where groups can be made; what this test makes there is gone after it."""
+    found = cgroup.find()
+    if found is None:
+        pytest.skip("no writable cgroup v2 with cgroup.kill")
+    return found
+
+
+@awaited
+async def test_an_engine_is_in_its_group_and_its_guard_is_not(home: Path, groups: Path) -> None:
+    place = place_in(home, groups=groups)
+    async with running(launch(place, f"os.fork(); {QUIET}"), place, ups=2) as tree:
+        group = Group(group_of(place))
+        assert group.pids() == {p.pid for p in guard.descendants(tree.guard_pid)}
+        assert len(group.pids()) == 2
+        assert cgroup.recorded(place.record)
+        assert (await tree.end(5)).how == "term"
+
+        assert not group_of(place).exists()
+
+
+@awaited
+async def test_an_engine_that_ends_by_itself_leaves_no_group(home: Path, groups: Path) -> None:
+    place = place_in(home, groups=groups)
+    tree = await Tree.spawn(launch(place, "sys.exit(3)"), place)
+
+    assert await tree.exited == Exit(code=3)
+    assert (await tree.gone).how == "exit"
+    assert not group_of(place).exists()
+
+
+@awaited
+async def test_an_engine_that_runs_away_from_every_look_is_killed_by_its_group(
+    home: Path, groups: Path
+) -> None:
+    """A process that is always another one is never there when its signal comes."""
+    place = place_in(home, groups=groups)
+    async with started(place, RUNAWAY) as tree:
+        assert (await tree.end(0)).how == "kill"
+        assert not group_of(place).exists()
+
+
+@awaited
+async def test_groups_that_an_engine_makes_hold_nobody_up(home: Path, groups: Path) -> None:
+    """They are in its own group, and go with it."""
+    place = place_in(home, groups=groups)
+    code = f"""
+os.makedirs({str(place.group)!r} + "/a/b")
+with open({str(place.group)!r} + "/a/b/cgroup.procs", "w") as members:
+    members.write("0")
+{DEAF}
+"""
+    async with started(place, code) as tree:
+        assert (await tree.end(0.1)).how == "kill"
+        assert not group_of(place).exists()
+
+
+@awaited
+async def test_whoever_is_in_the_group_is_ended_with_it(home: Path, groups: Path) -> None:
+    """No descendant of the guard and without a mark: as after a guard's death."""
+    place = place_in(home, groups=groups)
+    with somebody() as other:
+        async with started(place, QUIET) as tree:
+            guard.tell_kernel(group_of(place) / "cgroup.procs", str(other.pid))
+            assert (await tree.end(10)).how == "term"
+            assert not group_of(place).exists()
+
+
+@pytest.mark.parametrize("program", ["/nowhere/engine", "/etc/passwd"])
+@awaited
+async def test_a_start_that_fails_leaves_no_group(home: Path, groups: Path, program: str) -> None:
+    place, before = place_in(home, groups=groups), children()
+    with pytest.raises(WorkerSpawnFailed):
+        await Tree.spawn(Launch([program], {}), place)
+    await until(lambda: not place.home.exists(), "the home to be removed")
+    await until(lambda: children() <= before, "the guard's end")
+
+    assert not group_of(place).exists()
+
+
+@awaited
+async def test_a_guard_that_cannot_write_its_log_leaves_no_group(
+    home: Path, groups: Path, subreaper: None
+) -> None:
+    (home / "1.log").mkdir()  # in the way
+    place, before = place_in(home, groups=groups), children()
+    with pytest.raises(WorkerSpawnFailed, match="Is a directory"):
+        await Tree.spawn(launch(place, QUIET), place)
+    await until(lambda: children() <= before, "the guard's end")
+
+    assert not group_of(place).exists()
+
+
+@awaited
+async def test_where_no_group_can_be_made_the_tree_runs_without(home: Path) -> None:
+    place = place_in(home, groups=home / "nowhere")
+    async with started(place, ESCAPE) as tree:
+        await members(place, 2)
+
+        assert (await tree.end(0.1)).how == "kill"
+
+
+@awaited
+async def test_a_tree_whose_guard_is_killed_is_ended_by_its_group_too(
+    home: Path, groups: Path, subreaper: None
+) -> None:
+    """Here the member is in nobody's record, bears no mark and has another parent."""
+    place = place_in(home, groups=groups)
+    with somebody() as other:
+        async with started(place, RUNAWAY) as tree:
+            guard.tell_kernel(group_of(place) / "cgroup.procs", str(other.pid))
+            tree._grace_s = 0.2
+            os.kill(tree.guard_pid, signal.SIGKILL)
+            assert (await tree.gone).how == "kill"
+            assert not group_of(place).exists()
+
+
+# ── What survives SIGKILL ───────────────────────────────────────────────────────────────────────
+
+
+@pytest.fixture
+def freezer() -> Iterator[Freezer]:
+    if not Freezer.is_available():
+        pytest.skip(WHY_NOT)
+    with Freezer() as freezer:
+        yield freezer
+
+
+@pytest.fixture(params=["in a group", "without a group"])
+def place(request: pytest.FixtureRequest, home: Path) -> Place:
+    return place_in(home, groups=cgroup.find() if request.param == "in a group" else None)
+
+
+@asynccontextmanager
+async def beating() -> AsyncIterator[list[float]]:
+    """How late the event loop was, each time that it was to do something."""
+    late: list[float] = []
+
+    async def beat() -> None:
+        loop = asyncio.get_running_loop()
+        while True:
+            due = loop.time() + 0.01
+            await asyncio.sleep(0.01)
+            late.append(loop.time() - due)
+
+    task = asyncio.ensure_future(beat())
+    yield late
+    task.cancel()
+
+
+@awaited
+async def test_a_process_that_survives_sigkill_is_reported_and_waited_for_by_nobody(
+    place: Place, freezer: Freezer
+) -> None:
+    """Nothing of it is given back while it lives; when the kernel lets it go, all is (R146)."""
+    async with running(replace(launch(place, QUIET), kill_s=0.2), place) as tree, beating() as late:
+        freezer.freeze(tree.pid)
+        began = time.monotonic()
+        assert await tree.end_or_survive(0.1) is None
+        took_s = time.monotonic() - began
+        (survivor,) = await tree.survived
+
+        assert 0.3 <= took_s < 0.3 + guard.TICK_S + process.ANSWER_S
+        assert (survivor["pid"], survivor["state"]) == (tree.pid, "D")
+        assert survivor["name"] == "python" or survivor["name"].startswith("python3")
+        assert survivor["wchan"]
+        assert not tree.gone.done()
+        assert place.home.exists()
+        assert repr(tree).endswith(" alive>")
+        assert max(late) < 1
+
+        freezer.thaw()
+        assert (await tree.gone).how == "kill"
+        assert await tree.exited == Exit(signal=signal.SIGKILL)
+    assert not place.home.exists()
+    assert not (place.group and place.group.exists())
+
+
+@awaited
+async def test_only_who_survives_sigkill_is_named(place: Place, freezer: Freezer) -> None:
+    one = replace(launch(place, f"os.fork(); {QUIET}"), kill_s=0.2)
+    async with running(one, place, ups=2) as tree:
+        freezer.freeze(tree.pid)
+        assert await tree.end_or_survive(0) is None
+
+        # Its child is dead, and only waits to be reaped by it.
+        assert [child.state for child in guard.descendants(tree.pid)] == ["Z"]
+        assert [member["pid"] for member in await tree.survived] == [tree.pid]
+        assert await tree.end_or_survive(0) is None  # at once: it is known
+        freezer.thaw()
+        await tree.gone
+
+
+@awaited
+async def test_what_survives_its_guard_and_sigkill_is_reported_by_hive(
+    place: Place, freezer: Freezer, subreaper: None
+) -> None:
+    async with running(replace(launch(place, QUIET), kill_s=0.2), place) as tree, beating() as late:
+        await members(place, 1)
+        freezer.freeze(tree.pid)
+        tree._grace_s = 0.1
+        os.kill(tree.guard_pid, signal.SIGKILL)
+        (survivor,) = await tree.survived
+
+        assert (survivor["pid"], survivor["state"]) == (tree.pid, "D")
+        assert await tree.exited == Exit(guard_lost=True)
+        assert max(late) < 1
+        freezer.thaw()
+        assert (await tree.gone).how == "kill"
+    assert not place.home.exists()
+    assert not (place.group and place.group.exists())
+
+
 # ── When hive is killed ─────────────────────────────────────────────────────────────────────────
 
 HIVE = """
@@ -467,7 +831,8 @@ from pathlib import Path
 from hive.workers.process import Launch, Place, Tree
 
 async def main():
-    place = Place(Path(sys.argv[1]), Path(sys.argv[2]), mark=sys.argv[3])
+    groups = Path(sys.argv[6]) if sys.argv[6] else None
+    place = Place(Path(sys.argv[1]), Path(sys.argv[2]), mark=sys.argv[3], groups=groups)
     env = {"HIVE_MARK": place.mark, "SHM_NAME": sys.argv[5]}
     tree = await Tree.spawn(Launch([sys.executable, "-I", "-S", "-c", sys.argv[4]], env), place, 0.1)
     print(tree.guard_pid, flush=True)
@@ -483,9 +848,10 @@ class OtherHive:
     def __init__(self, place: Place, code: str) -> None:
         self.place = place
         self.shm = f"hivetest_{os.getpid()}"
-        code = f"import os, signal, sys\n{code}"
+        code = f"import os, signal, sys, time\n{code}"
         command = [sys.executable, "-c", HIVE, *map(str, (place.home, place.log)), place.mark]
-        self.process = subprocess.Popen([*command, code, self.shm], stdout=subprocess.PIPE)
+        command += [code, self.shm, str(place.groups or "")]
+        self.process = subprocess.Popen(command, stdout=subprocess.PIPE)
         assert self.process.stdout
         self.guard_pid = int(self.process.stdout.readline())
         wait_until(lambda: "up\n" in place.log.read_text(), "the engine to be up")
@@ -539,6 +905,50 @@ def test_what_hive_and_its_guard_left_is_swept_at_the_next_start(
     assert "directory 1" in found
     assert not hive.place.home.exists()
     wait_until(lambda: hive.is_gone() and guard.look_at(survivor.pid) is None, "the end of all")
+
+
+def test_when_hive_is_killed_the_group_goes_too(home: Path, groups: Path, subreaper: None) -> None:
+    hive = OtherHive(place_in(home, groups=groups), RUNAWAY)
+    hive.kill()
+    wait_until(lambda: not hive.place.home.exists(), "the home to be removed")
+    wait_until(hive.is_gone, "the tree's end")
+
+    assert not group_of(hive.place).exists()
+
+
+def test_who_is_on_no_record_is_swept_by_the_group(
+    home: Path, groups: Path, subreaper: None
+) -> None:
+    """Younger than the guard's last look, without a mark, and always another process."""
+    hive = OtherHive(place_in(home, groups=groups), RUNAWAY)
+    group = Group(group_of(hive.place))
+    os.kill(hive.guard_pid, signal.SIGSTOP)
+    hive.kill()
+    os.kill(hive.guard_pid, signal.SIGKILL)
+    assert group.is_populated()
+
+    found = asyncio.run(sweep(home))
+
+    assert f"control group {group.path.name}" in found
+    assert not group.path.exists()
+    wait_until(hive.is_gone, "the end of all")
+
+
+def test_the_sweep_kills_no_group_that_is_not_the_trees(home: Path, groups: Path) -> None:
+    """Whatever a record says."""
+    strangers = cgroup.make(groups / f"hive-test{os.getpid()}")
+    place = place_in(home)
+    place.home.mkdir()
+    with subprocess.Popen(["sleep", "600"]) as stranger:
+        guard.tell_kernel(strangers.path / "cgroup.procs", str(stranger.pid))
+        for mark, path in (("never", strangers.path), ("never", groups)):
+            place.home.mkdir(exist_ok=True)
+            record = {"mark": mark, "cgroup": str(path), "members": [], "shm": {}}
+            place.record.write_text(json.dumps(record))
+            assert asyncio.run(sweep(home)) == ["directory 1"]
+        assert strangers.pids() == {stranger.pid}
+        stranger.terminate()
+    strangers.remove()
 
 
 def test_the_sweep_touches_no_stranger(home: Path) -> None:

@@ -11,6 +11,8 @@ from typing import Any, TypeVar
 
 import pytest
 
+from hive.devices.nvml import Driver
+from hive.devices.watch import Devices
 from hive.errors import Conflict
 from hive.events import (
     Announcer,
@@ -27,6 +29,7 @@ from hive.policy.restarts import RestartPolicy
 from hive.settings import Model, Timeouts
 from hive.workers import guard
 from hive.workers.command import CommandEngine
+from hive.workers.ledger import Ledger
 from hive.workers.process import Place
 from hive.workers.worker import HINT_S, EngineOver, Worker, WorkerPlan
 from tests.doubles import engine_command
@@ -80,12 +83,17 @@ class Stage:
             restarts=NEVER,
             drain_s=10,
             log=home / "m-0.log",
+            preflight=lambda _devices: None,
         )
-        self.worker = Worker(replace(plan, **worker), self._place, announcer, chance=lambda: 0.0)
+        self.ledger = Ledger(home / "ledger", announcer.announce)
+        devices = Devices(Driver(), {}, announcer)
+        self.worker = Worker(
+            replace(plan, **worker), self._place, announcer, devices, self.ledger, lambda: 0.0
+        )
 
     def _place(self, log: Path) -> Place:
         self.numbers += 1
-        return Place(self.home / str(self.numbers), log)
+        return Place(self.home / str(self.numbers), log, records=self.ledger.directory)
 
     def heard(self, kind: type[E]) -> list[E]:
         return [event for event in self.events if isinstance(event, kind)]
@@ -162,7 +170,8 @@ async def test_a_worker_that_is_stopped_leaves_nothing(home: Path) -> None:
         assert stage.moves[3:] == ["DRAINING", "STOPPING", "STOPPED"]
         assert [event.cause for event in stage.heard(WorkerExited)] == ["asked"]
         assert [event.how for event in stage.heard(WorkerEnded)] == ["term"]
-        assert [path.name for path in home.iterdir()] == ["m-0.log"]
+        assert sorted(path.name for path in home.iterdir()) == ["ledger", "m-0.log"]
+        assert list(stage.ledger.directory.iterdir()) == []
         assert stage.worker.view()["pid"] is None
 
 
@@ -282,7 +291,7 @@ async def test_an_engine_that_ends_with_status_0_unasked_has_crashed(home: Path)
         await stage.worker.wait_for(State.FAILED)
         (exited,) = stage.heard(WorkerExited)
 
-        assert (exited.cause, exited.status, exited.asked) == ("exit", "exit status 0", False)
+        assert (exited.cause, exited.status, exited.asked) == ("crashed", "exit status 0", False)
 
 
 @awaited
@@ -310,6 +319,7 @@ async def test_after_too_many_crashes_it_stays_failed_and_says_why(home: Path) -
         assert "gave up after 2 restarts within 300 s" in worker.reason
         assert "exit status 3" in worker.reason
         assert worker.view()["last_exit"] == "exit status 3"
+        assert worker.view()["last_exit_code"] == 3
 
 
 @awaited

@@ -6,10 +6,10 @@ from dataclasses import InitVar, dataclass, field
 from typing import Protocol
 
 from tests.doubles.engine.asks import Json, encoded, error
-from tests.doubles.engine.dying import DEAD
 from tests.doubles.engine.knobs import Knobs
 from tests.doubles.engine.scheduler import Generation, Scheduler
 from tests.doubles.engine.shapes import Shape
+from tests.doubles.engine.tracebacks import DEAD
 from tests.doubles.engine.wire import JSON, Connection, Request, chunk, head
 
 BODY_KEPT = 64 * 1024

@@ -10,12 +10,12 @@ from typing import Protocol
 
 from tests.doubles.engine.answers import Answer, Seen
 from tests.doubles.engine.asks import Json, Refused, encoded, error, multipart, words
-from tests.doubles.engine.dying import DEAD
 from tests.doubles.engine.knobs import DIE_HOWS, Knobs
 from tests.doubles.engine.once import Embeddings, Pooling, Rerank, Score, Transcription
 from tests.doubles.engine.responses import Responses
 from tests.doubles.engine.scheduler import Scheduler
 from tests.doubles.engine.shapes import Chat, Completion, Messages, Shape
+from tests.doubles.engine.tracebacks import DEAD
 from tests.doubles.engine.tree import log, say
 from tests.doubles.engine.wire import JSON, LAST_CHUNK, SSE, Connection, Request, chunk, head
 

@@ -14,13 +14,19 @@ DIE_HOWS = (
     "sigkill",
     "segv",
     "abort",
+    "greedy",
     "midchunk",
     "core",
     "cuda",
+    "cuda_oom",
+    "cuda_oom_words",
+    "cuda_ecc",
+    "cuda_illegal",
     "hangup",
     "hangup-midchunk",
 )
-CUDA_KINDS = ("illegal", "oom", "ecc", "launch", "lost")
+CUDA_KINDS = ("illegal", "oom", "oom_words", "ecc", "launch", "lost")
+VRAM_SHORT = ("budget", "allocation")
 MALFORMED = ("status-line", "chunk-size", "content-length")
 EARLY = ("close", "drain")
 
@@ -84,16 +90,32 @@ class Knobs:
     cuda_error: int | None = knob(
         None, "after N inference requests print a CUDA traceback on stderr and exit with status 1"
     )
-    cuda_kind: str = knob("illegal", "which CUDA error", CUDA_KINDS)
+    cuda_kind: str = knob(
+        "illegal",
+        "which CUDA error; oom_words: an error of another kind whose text has those words",
+        CUDA_KINDS,
+    )
     exit_after_s: float | None = knob(None, "exit, cleaned up but unasked, so long after listening")
     exit_code: int = knob(0, "the status of that exit")
     load_fail: str = knob("", "print this on stderr instead of listening and exit 1", fixed=True)
     ignore_term: bool = knob(False, "leader and children ignore SIGTERM and SIGINT")
 
     # What it takes and leaves behind
+    vram_mib: int = knob(
+        0, "take so much of each of CUDA_VISIBLE_DEVICES (NVML_DOUBLE) before loading", fixed=True
+    )
+    vram_short: str = knob(
+        "budget",
+        "how it fails when less is free: at vLLM's check before loading, or while torch allocates",
+        VRAM_SHORT,
+        fixed=True,
+    )
     core: bool = knob(False, "fork a VLLM::EngineCore child with a VLLM::Worker under it")
     setsid_grandchild: bool = knob(
         False, "fork a process into a session of its own that ignores SIGTERM and lives on"
+    )
+    wipe_environment: bool = knob(
+        False, "that process hides its environment, as setproctitle does", fixed=True
     )
     busy: bool = knob(False, "a VLLM::Worker child burns CPU")
     shm: int = knob(0, "map N files psm_… of 64 KiB in /dev/shm; a clean exit removes them")
@@ -170,6 +192,8 @@ def parse(argv: list[str]) -> Knobs:
         parser.error(str(exc))
     if not knobs.uds:
         parser.error("--uds is required")
+    if knobs.vram_mib and "NVML_DOUBLE" not in os.environ:
+        parser.error("--vram-mib needs NVML_DOUBLE in the environment")
     return knobs
 
 

@@ -9,7 +9,7 @@ import time
 from contextlib import suppress
 from typing import NoReturn
 
-from tests.doubles.engine import dying
+from tests.doubles.engine import dying, tracebacks, vram
 from tests.doubles.engine.answers import Answer
 from tests.doubles.engine.api import Api
 from tests.doubles.engine.asks import Json
@@ -94,6 +94,10 @@ class Server:
         if self.knobs.control:
             await self._listen(self.knobs.control, replace=True)
         self._make_noise()
+        if self.knobs.vram_mib and (told := self._take_vram()):
+            say(2, told)
+            self.stop.set_result(1)
+            return
         if self.knobs.load_s:
             await asyncio.wait([self.stop], timeout=self.knobs.load_s)
         if self.stop.done():
@@ -107,6 +111,19 @@ class Server:
         self._plan_exit()
         started = f"Starting vLLM API server 0 on unix:{self.knobs.uds}"
         say(1, log("APIServer", "INFO", started))
+
+    def _take_vram(self) -> str:
+        """What is printed when it cannot be had."""
+        pid = self.tree.worker or os.getpid()
+        try:
+            vram.take(os.environ["NVML_DOUBLE"], vram.visible(), pid, self.knobs.vram_mib)
+        except LookupError:
+            return tracebacks.no_gpu()
+        except vram.Short as short:
+            budget = self.knobs.vram_short == "budget"
+            tell = tracebacks.over_budget if budget else tracebacks.out_of_memory
+            return tell(short.index, short.free_mib, short.total_mib, self.knobs.vram_mib)
+        return ""
 
     async def _listen(self, path: str, *, replace: bool = False) -> None:
         """Like vLLM: a socket file that an earlier life left behind is in the way."""
@@ -156,7 +173,7 @@ class Server:
     def _core_died(self) -> None:
         if self.api.is_dead:
             return
-        say(2, dying.engine_dead_traceback())
+        say(2, tracebacks.engine_dead())
         self.api.engine_died()
         self.loop.call_later(dying.CORE_LINGERS_S, self._end, 0)
 

@@ -13,6 +13,7 @@ from tests.doubles.engine.knobs import Knobs
 SHM = "/dev/shm/"
 SHM_BYTES = 64 * 1024
 CHILD_WAIT_S = 1.0
+ARGUMENTS, ENVIRONMENT = 45, 47  # words of /proc/self/stat after the name: where they begin
 ENDING = (signal.SIGTERM, signal.SIGINT)
 WATCHED = {*ENDING, signal.SIGCHLD}
 
@@ -67,7 +68,7 @@ class Tree:
         else:
             self._held += hold(names)
         if knobs.setsid_grandchild and self.escaped is None:
-            self.escaped = self._fork_escaped()
+            self.escaped = self._fork_escaped(wipes=knobs.wipe_environment)
         if knobs.busy and self.busy is None:
             self.busy = self._fork("VLLM::Worker", self._burn)
         if not knobs.busy and self.busy is not None:
@@ -179,7 +180,7 @@ class Tree:
             signal.signal(number, told)
         signal.pthread_sigmask(signal.SIG_UNBLOCK, WATCHED)
 
-    def _fork_escaped(self) -> int:
+    def _fork_escaped(self, *, wipes: bool) -> int:
         ready, tell = os.pipe()
 
         def escape() -> None:
@@ -189,6 +190,8 @@ class Tree:
         def stay() -> None:
             for number in (*ENDING, signal.SIGHUP):
                 signal.signal(number, signal.SIG_IGN)
+            if wipes:
+                overwrite(ENVIRONMENT, "")
             os.write(tell, b"%d" % os.getpid())
             os.close(tell)
             while True:
@@ -221,15 +224,20 @@ def rename(name: str) -> None:
     """Show the name in ps and top, as setproctitle does, without its C extension."""
     with open("/proc/self/comm", "w", encoding="ascii") as comm:
         comm.write(name)
+    overwrite(ARGUMENTS, name)
+
+
+def overwrite(field: int, text: str) -> None:
+    """Fill the memory in which others see our arguments or our environment."""
     with open("/proc/self/stat", encoding="ascii", errors="replace") as stat:
         words = stat.read().rpartition(")")[2].split()
-    start, end = int(words[45]), int(words[46])
+    start, end = int(words[field]), int(words[field + 1])
     try:
         memory = os.open("/proc/self/mem", os.O_WRONLY)
     except OSError:
         return  # hardened kernels; comm has the name
     try:
-        os.pwrite(memory, name.encode()[: end - start - 1].ljust(end - start, b"\0"), start)
+        os.pwrite(memory, text.encode()[: end - start - 1].ljust(end - start, b"\0"), start)
     except OSError:
         pass
     finally:
