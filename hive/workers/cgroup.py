@@ -6,7 +6,6 @@ the workers' groups are beneath it, and nothing but those is touched.
 """
 
 import contextlib
-import json
 import logging
 import os
 import re
@@ -95,20 +94,6 @@ def make(path: Path) -> Group:
         with contextlib.suppress(OSError):
             tell_kernel(path / limit, str(most))
     return Group(path)
-
-
-def recorded(record: Path) -> Group | None:
-    """The group that a tree's record names, if it is there and provably that tree's.
-
-    The name is hive's own and holds the tree's random mark: no damaged record names a stranger.
-    """
-    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
-        content = json.loads(record.read_bytes())
-        mark, path = content["mark"], Path(content["cgroup"])
-        is_ours = re.fullmatch(r"\w+", mark) and path.name == f"hive-{mark}"
-        if is_ours and (path / "cgroup.kill").exists():
-            return Group(path)
-    return None
 
 
 def _read(path: Path) -> str:

@@ -1,6 +1,5 @@
 """Control groups: where they are looked for, and what proves that one is hive's to use."""
 
-import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -146,41 +145,3 @@ def test_an_engine_cannot_make_groups_without_end(group: Group) -> None:
         (deepest / "a").mkdir()
 
     assert int((group.path / "cgroup.max.descendants").read_text()) == cgroup.MOST_BELOW
-
-
-# ── Whose it is ─────────────────────────────────────────────────────────────────────────────────
-
-
-def record(directory: Path, mark: object, path: object) -> Path:
-    file = directory / "tree.json"
-    file.write_text(json.dumps({"mark": mark, "cgroup": path}))
-    return file
-
-
-def test_a_recorded_group_is_the_one_that_bears_the_mark(group: Group, tmp_path: Path) -> None:
-    mark = group.path.name.removeprefix("hive-")
-    found = cgroup.recorded(record(tmp_path, mark, str(group.path)))
-    assert found
-    assert found.path == group.path
-
-
-def test_no_record_names_a_stranger(parent: Path, group: Group, tmp_path: Path) -> None:
-    """A damaged one would have hive kill whoever is in that group."""
-    mark = group.path.name.removeprefix("hive-")
-    (tmp_path / f"hive-{mark}").mkdir()
-    for named_mark, path in (
-        ("", str(group.path)),
-        ("other", str(group.path)),
-        (mark, str(parent)),
-        (mark, f"{group.path}/.."),
-        (mark, str(tmp_path / f"hive-{mark}")),  # no control group
-        (mark, str(parent / "gone" / f"hive-{mark}")),
-        (mark, None),
-        (None, str(group.path)),
-        (7, 7),
-    ):
-        assert cgroup.recorded(record(tmp_path, named_mark, path)) is None
-
-    (tmp_path / "tree.json").write_text("{")
-    assert cgroup.recorded(tmp_path / "tree.json") is None
-    assert cgroup.recorded(tmp_path / "never.json") is None

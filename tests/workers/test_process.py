@@ -18,7 +18,7 @@ import pytest
 from hive.errors import WorkerSpawnFailed
 from hive.workers import cgroup, guard, process
 from hive.workers.guard import Group, Process
-from hive.workers.process import Exit, Launch, Place, Tree, read_record, sweep
+from hive.workers.process import Exit, Launch, Place, Tree, read_record
 from tests.doubles.unkillable import WHY_NOT, Freezer, hierarchy
 from tests.patience import awaited, short_directory, until, wait_until
 
@@ -625,7 +625,6 @@ async def test_an_engine_is_in_its_group_and_its_guard_is_not(home: Path, groups
         group = Group(group_of(place))
         assert group.pids() == {p.pid for p in guard.descendants(tree.guard_pid)}
         assert len(group.pids()) == 2
-        assert cgroup.recorded(place.record)
         assert (await tree.end(5)).how == "term"
 
         assert not group_of(place).exists()
@@ -883,30 +882,6 @@ def test_when_hive_is_killed_the_guard_ends_the_tree(home: Path, subreaper: None
     wait_until(hive.is_gone, "the tree's end")
 
 
-def test_what_hive_and_its_guard_left_is_swept_at_the_next_start(
-    home: Path, subreaper: None
-) -> None:
-    """Killed together: processes, shared memory and files are found by the record (R145, R153)."""
-    hive = OtherHive(place_in(home), SHARE.replace(QUIET, ESCAPE))
-    wait_until(lambda: len(read_record(hive.place.record)[0]) == 2, "both members on record")
-    (escaped,) = (p for p in guard.descendants(hive.guard_pid) if p.session != p.pid)
-    # In one step, so that the guard cannot notice hive's end first.
-    os.kill(hive.guard_pid, signal.SIGSTOP)
-    hive.kill()
-    os.kill(hive.guard_pid, signal.SIGKILL)
-    wait_until(lambda: not hive.tree(), "those that die with the guard")
-    survivor = guard.look_at(escaped.pid)
-    assert survivor is not None
-
-    found = asyncio.run(sweep(home))
-
-    assert f"process {survivor.pid} ({survivor.name})" in found
-    assert f"shared memory {hive.shm}" in found
-    assert "directory 1" in found
-    assert not hive.place.home.exists()
-    wait_until(lambda: hive.is_gone() and guard.look_at(survivor.pid) is None, "the end of all")
-
-
 def test_when_hive_is_killed_the_group_goes_too(home: Path, groups: Path, subreaper: None) -> None:
     hive = OtherHive(place_in(home, groups=groups), RUNAWAY)
     hive.kill()
@@ -914,81 +889,3 @@ def test_when_hive_is_killed_the_group_goes_too(home: Path, groups: Path, subrea
     wait_until(hive.is_gone, "the tree's end")
 
     assert not group_of(hive.place).exists()
-
-
-def test_who_is_on_no_record_is_swept_by_the_group(
-    home: Path, groups: Path, subreaper: None
-) -> None:
-    """Younger than the guard's last look, without a mark, and always another process."""
-    hive = OtherHive(place_in(home, groups=groups), RUNAWAY)
-    group = Group(group_of(hive.place))
-    os.kill(hive.guard_pid, signal.SIGSTOP)
-    hive.kill()
-    os.kill(hive.guard_pid, signal.SIGKILL)
-    assert group.is_populated()
-
-    found = asyncio.run(sweep(home))
-
-    assert f"control group {group.path.name}" in found
-    assert not group.path.exists()
-    wait_until(hive.is_gone, "the end of all")
-
-
-def test_the_sweep_kills_no_group_that_is_not_the_trees(home: Path, groups: Path) -> None:
-    """Whatever a record says."""
-    strangers = cgroup.make(groups / f"hive-test{os.getpid()}")
-    place = place_in(home)
-    place.home.mkdir()
-    with subprocess.Popen(["sleep", "600"]) as stranger:
-        guard.tell_kernel(strangers.path / "cgroup.procs", str(stranger.pid))
-        for mark, path in (("never", strangers.path), ("never", groups)):
-            place.home.mkdir(exist_ok=True)
-            record = {"mark": mark, "cgroup": str(path), "members": [], "shm": {}}
-            place.record.write_text(json.dumps(record))
-            assert asyncio.run(sweep(home)) == ["directory 1"]
-        assert strangers.pids() == {stranger.pid}
-        stranger.terminate()
-    strangers.remove()
-
-
-def test_the_sweep_touches_no_stranger(home: Path) -> None:
-    """A pid that was given to somebody else since, and shared memory of another's."""
-    shm = Path("/dev/shm", f"hivetest_{os.getpid()}")
-    shm.write_bytes(b"")
-    place = place_in(home)
-    place.home.mkdir()
-    with subprocess.Popen(["sleep", "600"]) as stranger:
-        now = guard.look_at(stranger.pid)
-        assert now is not None
-        record = {
-            "mark": "never",
-            "guard": 1,
-            "members": [[now.pid, now.start + 1]],
-            "shm": {shm.name: shm.stat().st_ino + 1},
-        }
-        place.record.write_text(json.dumps(record))
-        found = asyncio.run(sweep(home))
-        stranger.terminate()
-
-    assert found == ["directory 1"]
-    assert stranger.returncode == -signal.SIGTERM
-    assert shm.exists()
-    shm.unlink()
-
-
-@awaited
-async def test_a_sweep_of_nothing_finds_nothing(home: Path) -> None:
-    assert await sweep(home) == []
-    assert await sweep(home / "not there") == []
-
-
-@awaited
-async def test_a_home_without_a_usable_record_is_removed(home: Path) -> None:
-    for name, text in (("1", None), ("2", ""), ("3", "{")):
-        place = place_in(home, name)
-        place.home.mkdir()
-        if text is not None:
-            place.record.write_text(text)
-
-    assert await sweep(home) == ["directory 1", "directory 2", "directory 3"]
-    assert list((home / "w").iterdir()) == []
