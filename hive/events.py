@@ -95,12 +95,14 @@ class DeviceMoved(Event):
 
 @dataclass(frozen=True, slots=True)
 class DeviceRead(Event):
-    """A device's memory, as the driver told it just now."""
+    """A device, as the driver told it just now; None is what it does not tell."""
 
     device: str
     total_bytes: int
     used_bytes: int
     free_bytes: int
+    temperature_c: int | None
+    ecc_errors: int | None
 
 
 @dataclass(frozen=True, slots=True)

@@ -279,6 +279,19 @@ def _(story: Story, device: str, state: str) -> None:
     )
 
 
+@then(
+    parsers.parse(
+        "the metrics say that {device} has {celsius:d} °C, {errors:d} ECC errors and {gib:d} GiB "
+        "of memory"
+    )
+)
+def _(story: Story, device: str, celsius: int, errors: int, gib: int) -> None:
+    metric = story.hive.metric
+    must(lambda: metric("hive_device_temperature_celsius", device=device) == celsius, 5, "a look")
+    assert metric("hive_device_ecc_errors", device=device) == errors
+    assert metric("hive_device_vram_bytes", device=device, kind="total") == gib * 2**30
+
+
 @then(parsers.parse("readiness and metrics say that {device} is {state}"))
 def _(story: Story, device: str, state: str) -> None:
     must(

@@ -160,3 +160,4 @@ Feature: Devices are looked at before anything is started
       Then the answer is 200
       And the answer names "GPU-00000000"
       And the metrics say that cuda:0 is OK
+      And the metrics say that cuda:0 has 40 °C, 0 ECC errors and 80 GiB of memory

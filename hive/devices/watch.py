@@ -454,7 +454,14 @@ class Devices:
     def _note(self, watched: Watched, reading: Reading) -> None:
         watched.reading, watched.read_at = reading, time.time()
         self._announcer.announce(
-            DeviceRead(watched.device.id, reading.total, reading.used, reading.free)
+            DeviceRead(
+                watched.device.id,
+                reading.total,
+                reading.used,
+                reading.free,
+                reading.temperature_c,
+                reading.ecc_errors,
+            )
         )
 
     # ── for operators ───────────────────────────────────────────────────────────────────────────

@@ -107,6 +107,18 @@ class Metrics:
             ["device", "kind"],
             registry=r,
         )
+        self.temperature_c = Gauge(
+            "hive_device_temperature_celsius",
+            "Temperature of a device, degrees Celsius.",
+            ["device"],
+            registry=r,
+        )
+        self.ecc_errors = Gauge(
+            "hive_device_ecc_errors",
+            "Memory errors of a device that could not be corrected, since its driver was loaded.",
+            ["device"],
+            registry=r,
+        )
         self.device_state = Gauge(
             "hive_device_state",
             "1 for the state that a device is in.",
@@ -172,6 +184,10 @@ class Metrics:
             case DeviceRead():
                 for kind in ("total", "used", "free"):
                     self.vram_bytes.labels(event.device, kind).set(getattr(event, f"{kind}_bytes"))
+                if event.temperature_c is not None:
+                    self.temperature_c.labels(event.device).set(event.temperature_c)
+                if event.ecc_errors is not None:
+                    self.ecc_errors.labels(event.device).set(event.ecc_errors)
             case XidSeen():
                 xid = str(event.xid) if event.xid in XIDS else "other"
                 self.xids.labels(event.device, xid).inc()
