@@ -2,6 +2,7 @@
 
 import json
 import os
+import tracemalloc
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -90,13 +91,18 @@ def test_what_is_float32_takes_half_when_loaded(model: Path) -> None:
 
 
 def test_two_hundred_shards_of_four_gib_are_looked_at_and_not_read(model: Path) -> None:
+    """However large, a model never sits in hive's memory (R147)."""
     (model / "model.safetensors").unlink()
     names = [f"model-{number:05}-of-00200.safetensors" for number in range(200)]
     size = 4 * 1024 * MIB
     sizes = [safetensors(model / name, {"w": tensor(0, size)}, size) for name in names]
     index(model, *names)
 
+    tracemalloc.start()
     assert look(model).weights_bytes == sum(sizes) > 200 * size
+    _, most = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert most < MIB
 
 
 def test_links_are_followed_as_in_the_hubs_cache(model: Path) -> None:
