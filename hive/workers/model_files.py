@@ -84,7 +84,9 @@ def _problem(file: Path, exc: OSError | ValueError) -> str:
 def _json_object(file: Path, problems: list[str]) -> dict[str, Any]:
     try:
         with _regular(file) as opened:
-            found = json.loads(opened.read(HEADER_BYTES))
+            # A read takes the memory for all that it may read.
+            size = min(os.fstat(opened.fileno()).st_size, HEADER_BYTES)
+            found = json.loads(opened.read(size))
         if isinstance(found, dict):
             return found
         problems.append(f"{file.name} is not a JSON object")

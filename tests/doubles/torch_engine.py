@@ -5,10 +5,12 @@ with torch runs it. Its device is cuda:0 of CUDA_VISIBLE_DEVICES; the CPU only i
 so. It listens on `--uds SOCKET` once it has computed something, and answers
 
 - GET  /health
-- POST /v1/completions: a small product of matrices, computed on the device
+- POST /v1/completions, /v1/chat/completions: for each token (max_tokens; `stream` or not) a small
+  product of matrices, computed on the device
 - POST /v1/device: the device, as torch sees it
 - POST /v1/hog {"gib": N}: takes and keeps so much of it
-- POST /v1/oom: takes until torch raises torch.OutOfMemoryError, of which it dies
+- POST /v1/oom {"gib": N}: takes pieces of that size (1) until torch raises
+  torch.OutOfMemoryError, of which it dies
 - POST /v1/fault {"kind": "illegal"}: an index out of bounds on the device, of which it dies;
   {"kind": "simulated_oom"}: dies of an error of that class which nothing but this caused
 
@@ -31,6 +33,8 @@ import torch  # type: ignore[import-not-found]  # of the interpreter that runs t
 
 GIB = 2**30
 SIDE = 256  # of the matrices
+TOKENS = 1200  # of an answer that is not limited: a minute
+TOKEN_S = 0.05  # between two of them
 RAISED = "raised at "  # seconds since the epoch, right before the traceback
 
 
@@ -56,11 +60,11 @@ class Engine:
         self._held.append(self._take(gib).fill_(1))
         self._wait()
 
-    def exhaust(self) -> NoReturn:
+    def exhaust(self, piece_gib: float) -> NoReturn:
         if self.device.type != "cuda":
             raise Refused("on the CPU this would take the memory of the whole host")
         while True:
-            self._held.append(self._take(1))
+            self._held.append(self._take(piece_gib))
 
     def fault(self, kind: str) -> None:
         if kind == "simulated_oom":
@@ -141,15 +145,15 @@ class Handler(http.server.BaseHTTPRequestHandler):
                 self.rfile.read(int(self.headers.get("Content-Length") or 0)) or "{}"
             )
             match self.path.removeprefix("/v1"):
-                case "/completions":
-                    self._answer(200, _completion(asked.get("model", ""), engine.compute()))
+                case "/completions" | "/chat/completions" as path:
+                    self._generate(path.startswith("/chat"), asked)
                 case "/device":
                     self._answer(200, engine.describe())
                 case "/hog":
                     engine.hold(float(asked["gib"]))
                     self._answer(200, {})
                 case "/oom":
-                    engine.exhaust()
+                    engine.exhaust(float(asked.get("gib", 1)))
                 case "/fault":
                     engine.fault(asked["kind"])
                     self._answer(500, {"error": {"message": "the device noticed nothing"}})
@@ -157,6 +161,32 @@ class Handler(http.server.BaseHTTPRequestHandler):
                     self._answer(404, {"error": {"message": "not found"}})
         except (Refused, KeyError, ValueError) as exc:
             self._answer(400, {"error": {"message": str(exc), "type": "BadRequestError"}})
+
+    def _generate(self, is_chat: bool, asked: dict[str, Any]) -> None:
+        most = int(asked.get("max_tokens") or TOKENS)
+        model, is_stream = asked.get("model", ""), bool(asked.get("stream"))
+        if is_stream:
+            self.send_response(200)
+            self.send_header("Content-Type", "text/event-stream")
+            self.send_header("Transfer-Encoding", "chunked")
+            self.end_headers()
+        text = ""
+        for number in range(most):
+            if number:
+                time.sleep(TOKEN_S)
+            token = f" {self.server.engine.compute()}"
+            text += token
+            if is_stream:
+                self._send_event(json.dumps(_answer_of(model, is_chat, token, "delta")))
+        if is_stream:
+            self._send_event("[DONE]")
+            self.wfile.write(b"0\r\n\r\n")
+        else:
+            self._answer(200, _answer_of(model, is_chat, text, "message"))
+
+    def _send_event(self, data: str) -> None:
+        event = f"data: {data}\n\n".encode()
+        self.wfile.write(b"%x\r\n%b\r\n" % (len(event), event))
 
     def _answer(self, status: int, body: dict[str, Any]) -> None:
         content = json.dumps(body).encode()
@@ -170,15 +200,16 @@ class Handler(http.server.BaseHTTPRequestHandler):
         """Nothing: a client of a unix socket has no address to be logged."""
 
 
-def _completion(model: str, number: int) -> dict[str, Any]:
-    choice = {"index": 0, "text": f" {number}", "logprobs": None, "finish_reason": "length"}
+def _answer_of(model: str, is_chat: bool, text: str, part: str) -> dict[str, Any]:
+    """A whole answer ("message"), or one token of it ("delta")."""
+    said = {part: {"role": "assistant", "content": text}} if is_chat else {"text": text}
+    kind = "chat.completion" if is_chat else "text_completion"
     return {
-        "id": f"cmpl-{time.time_ns():x}",
-        "object": "text_completion",
+        "id": f"torch-{time.time_ns():x}",
+        "object": f"{kind}.chunk" if is_chat and part == "delta" else kind,
         "created": int(time.time()),
         "model": model,
-        "choices": [choice],
-        "usage": {"prompt_tokens": 1, "completion_tokens": 1, "total_tokens": 2},
+        "choices": [{"index": 0, **said, "finish_reason": "length"}],
     }
 
 
