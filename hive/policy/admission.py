@@ -1,0 +1,217 @@
+"""Who may go in, who waits, who is refused: the slots and the waiting room of one model.
+
+Pure: no clock, no loop; every call takes the monotonic time. A slot is one HTTP request at a
+worker, from its grant until its answer ended or its abort was confirmed. Whoever waits is ordered
+by arrival within priority (R054-R056; contract, Errors, for the hint).
+"""
+
+import hashlib
+from collections import OrderedDict
+from collections.abc import Collection, Iterable, Iterator
+from dataclasses import dataclass
+from enum import IntEnum
+
+WEIGHT = 0.2  # of a new measurement in the moving average of what a slot is held for
+HINT_S = 30.0  # until something was measured
+HINT_SPREAD = 0.25  # so that those who were refused together do not come back together
+REFUSED_KEPT = 1000  # refusals whose hint is not judged yet; more are not judged at all
+
+
+class Priority(IntEnum):
+    """The order in the waiting room; a lower number goes first."""
+
+    INTERACTIVE = 0
+    NORMAL = 1
+    BATCH = 2
+
+
+@dataclass(slots=True, eq=False)
+class Ticket:
+    """One request: it waits, then holds a slot of `worker`. Times are monotonic seconds."""
+
+    priority: Priority = Priority.NORMAL
+    pinned: str | None = None  # the only worker that can serve it
+    session: str | None = None  # its requests go to the same worker where that costs nothing
+    avoid: frozenset[str] = frozenset()  # workers that have failed it already
+    arrived: float = 0.0
+    worker: str | None = None
+    granted: float = 0.0
+
+
+class Full(Exception):
+    """There is no place; `reason` is slots_busy (nobody may wait) or queue_full."""
+
+    def __init__(self, reason: str, hint_s: float) -> None:
+        super().__init__(reason)
+        self.reason = reason
+        self.hint_s = hint_s
+
+
+class Room:
+    """All slots and places of one model. Permits are conserved: what is granted is released once.
+
+    `slots` is what each worker serves at once, `depth` how many may wait for each open worker.
+    """
+
+    def __init__(self, workers: Iterable[str], slots: int, depth: int) -> None:
+        self.slots, self.depth = slots, depth
+        self.held: dict[str, set[Ticket]] = {worker: set() for worker in workers}
+        self.hint_errors: list[float] = []  # |hint - seconds until a place was next free|
+        self._open: set[str] = set()
+        self._once: set[str] = set()  # of these one request more is let in, whatever is held
+        self._waiting: dict[Priority, OrderedDict[Ticket, None]] = {
+            priority: OrderedDict() for priority in Priority
+        }
+        self._held_s: float | None = None  # moving average
+        self._judged: list[tuple[float, float]] = []  # when refused, and the hint
+
+    # ── workers ─────────────────────────────────────────────────────────────────────────────────
+
+    @property
+    def open_workers(self) -> frozenset[str]:
+        return frozenset(self._open)
+
+    def open(self, worker: str, now: float) -> list[Ticket]:
+        """The worker takes requests from now on; the tickets that go in at once."""
+        self._open.add(worker)
+        self._once.discard(worker)
+        return self.grant(now)
+
+    def open_once(self, worker: str, now: float) -> list[Ticket]:
+        """The worker takes one request, to see whether it serves again; who goes in at once."""
+        self._open.add(worker)
+        self._once.add(worker)
+        return self.grant(now)
+
+    def close(self, worker: str) -> list[Ticket]:
+        """It takes no more; the tickets that wait for nothing now, and have left the room.
+
+        What holds a slot of it goes on until it is released.
+        """
+        self._open.discard(worker)
+        self._once.discard(worker)
+        lost = [t for t in self.waiting if not self._candidates(t)]
+        for ticket in lost:
+            del self._waiting[ticket.priority][ticket]
+        return lost
+
+    def shut(self) -> list[Ticket]:
+        """Nobody goes in any more: every ticket that waited has left the room."""
+        self._open.clear()
+        self._once.clear()
+        lost = list(self.waiting)
+        for places in self._waiting.values():
+            places.clear()
+        return lost
+
+    # ── tickets ─────────────────────────────────────────────────────────────────────────────────
+
+    @property
+    def waiting(self) -> Iterator[Ticket]:
+        """Whoever waits, in the order in which they go in."""
+        for places in self._waiting.values():
+            yield from places
+
+    @property
+    def waiting_count(self) -> int:
+        return sum(map(len, self._waiting.values()))
+
+    def can_serve(self, ticket: Ticket) -> bool:
+        """Whether any open worker may serve it, now or when it has a free slot."""
+        return bool(self._candidates(ticket))
+
+    def arrive(self, ticket: Ticket, now: float, chance: float) -> bool:
+        """True: it has a slot; False: it waits, for a worker that `can_serve` it.
+
+        Raises Full; `chance` (0 to 1) spreads the hint.
+        """
+        ticket.arrived = now
+        if self._grant_one(ticket, now):
+            return True
+        if self.waiting_count >= self.depth * max(1, len(self._open)):
+            hint_s = self.hint_s(chance)
+            if len(self._judged) < REFUSED_KEPT:
+                self._judged.append((now, hint_s))
+            raise Full("slots_busy" if self.depth == 0 else "queue_full", hint_s)
+        self._waiting[ticket.priority][ticket] = None
+        return False
+
+    def leave(self, ticket: Ticket, now: float) -> None:
+        """It waits no longer: its place is free at once. Does nothing for one that is not there."""
+        if self._waiting[ticket.priority].pop(ticket, ticket) is None:
+            self._place_is_free(now)
+
+    def release(self, ticket: Ticket, now: float) -> list[Ticket]:
+        """It gives its slot back; the tickets that go in for it. A second call does nothing."""
+        if ticket.worker is None or ticket not in self.held[ticket.worker]:
+            return []
+        self.held[ticket.worker].discard(ticket)
+        held_s = now - ticket.granted
+        if self._held_s is None:
+            self._held_s = held_s
+        else:
+            self._held_s += WEIGHT * (held_s - self._held_s)
+        self._place_is_free(now)
+        return self.grant(now)
+
+    def grant(self, now: float) -> list[Ticket]:
+        """Let in whoever waits and can go; nobody is held up by one who waits for another worker."""
+        if not any(self._free(worker) for worker in self._open):
+            return []
+        granted = [ticket for ticket in self.waiting if self._grant_one(ticket, now)]
+        for ticket in granted:
+            del self._waiting[ticket.priority][ticket]
+        return granted
+
+    def hint_s(self, chance: float) -> float:
+        """When to come back, seconds: (waiting + 1) × mean seconds of a slot ÷ slots × 1 to 1.25."""  # noqa: RUF002
+        if self._held_s is None:
+            return HINT_S
+        slots = self.slots * max(1, len(self._open))
+        return (self.waiting_count + 1) * self._held_s / slots * (1 + HINT_SPREAD * chance)
+
+    def in_flight(self, worker: str) -> int:
+        return len(self.held[worker])
+
+    # ── inside ──────────────────────────────────────────────────────────────────────────────────
+
+    def _free(self, worker: str) -> bool:
+        return worker in self._once or len(self.held[worker]) < self.slots
+
+    def _candidates(self, ticket: Ticket) -> list[str]:
+        if ticket.pinned is not None:
+            return [ticket.pinned] if ticket.pinned in self._open else []
+        return [worker for worker in self._open if worker not in ticket.avoid]
+
+    def _grant_one(self, ticket: Ticket, now: float) -> bool:
+        free = [worker for worker in self._candidates(ticket) if self._free(worker)]
+        if not free:
+            return False
+        ticket.worker = self._best(ticket, free)
+        ticket.granted = now
+        self.held[ticket.worker].add(ticket)
+        if ticket.worker in self._once:
+            self._open.discard(ticket.worker)
+            self._once.discard(ticket.worker)
+        return True
+
+    def _best(self, ticket: Ticket, free: Collection[str]) -> str:
+        """The least loaded; of a session the one that its id leads to, while that has a slot."""
+        if ticket.session is not None:
+            favourite = max(self._candidates(ticket), key=lambda w: affinity(ticket.session, w))
+            if favourite in free:
+                return favourite
+        return min(free, key=lambda worker: (len(self.held[worker]), worker))
+
+    def _place_is_free(self, now: float) -> None:
+        self.hint_errors += [abs(hint - (now - at)) for at, hint in self._judged]
+        self._judged.clear()
+
+    def __repr__(self) -> str:
+        held = {worker: len(tickets) for worker, tickets in self.held.items()}
+        return f"<Room held {held} waiting {self.waiting_count}>"
+
+
+def affinity(session: str | None, worker: str) -> bytes:
+    """Rendezvous: the end of one worker moves the sessions of that worker alone."""
+    return hashlib.blake2b(f"{session}\0{worker}".encode(), digest_size=8).digest()

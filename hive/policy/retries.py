@@ -1,0 +1,36 @@
+"""How often and how long apart what failed is tried again: one table for all of hive (C1-C4).
+
+`calls` counts the first one, too. Jitter belongs to the row: added seconds, or a share of the
+delay. A retry that does not fit into the caller's deadline is not begun (C3).
+"""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class RetryPolicy:
+    """One row. Seconds; `delays` are those before the second, third … call, the last one repeats."""
+
+    calls: int
+    delays: tuple[float, ...]
+    jitter_s: float = 0.0
+    jitter_share: float = 0.0
+
+    def delay_s(self, calls: int, chance: float) -> float:
+        """Seconds to wait after `calls` calls have failed; `chance` is from 0 to 1."""
+        delay = self.delays[min(calls, len(self.delays)) - 1]
+        return delay * (1 + self.jitter_share * chance) + self.jitter_s * chance
+
+    def allows(self, calls: int) -> bool:
+        """Whether there is another call after so many."""
+        return calls < self.calls
+
+
+def _doubling(first: float, count: int, cap: float = 3600.0) -> tuple[float, ...]:
+    return tuple(min(cap, first * 2**n) for n in range(count))
+
+
+RETRIES = {
+    # To a worker's engine: transport errors before the first byte of an answer (R001-R003).
+    "network": RetryPolicy(5, _doubling(1.0, 4), jitter_s=1.0),
+}
