@@ -79,9 +79,12 @@ async def serve_supervised(
         metrics = Metrics(
             ((worker.id, worker.model) for worker in fleet.workers.values()),
             (watched.device.id for watched in devices.watched.values()),
+            fleet.doors,
         )
         announcer.listen(metrics.hear)
-        gateway = Gateway(settings, fleet, devices, ledger, announcer, metrics.text)
+        gateway = Gateway(
+            settings, fleet, devices, ledger, announcer, metrics.text, stop_asked.first.set
+        )
         async with (
             metrics.measuring_lag(),
             rechecking(ledger),

@@ -443,7 +443,7 @@ class ServiceUnavailable(HiveError):
 class CircuitBreakerOpen(HiveError):
     code, status = "CIRCUIT_BREAKER_OPEN", 503
     family, kind, retryable = Family.CONNECTION, "overloaded_error", True
-    severity, level = Severity.HIGH, "error"
+    severity = Severity.HIGH
     shows = frozenset({"failure_count", "failure_threshold", "cooldown_seconds", "state"})
     summary = "The worker failed repeatedly and is not asked for a while."
     action = "Wait for cooldown, then send the request again."

@@ -157,12 +157,85 @@ class LeakCleared(Event):
 
 
 @dataclass(frozen=True, slots=True)
-class RequestArrived(Event):
-    """A client's request was accepted for a model."""
+class RequestAdmitted(Event):
+    """A client's request got a slot of a worker, after `queue_s` in the waiting room."""
 
     request_id: str
     model: str
-    path: str
+    worker: str
+    queue_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class RequestRefused(Event):
+    """A request was turned away before anything was forwarded; `reason` is bounded."""
+
+    model: str
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class HintJudged(Event):
+    """A place became free: how far off an earlier Retry-After was."""
+
+    model: str
+    error_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class RequestExpired(Event):
+    """A limit of a request passed: `phase` names it."""
+
+    request_id: str
+    model: str
+    phase: str
+
+
+@dataclass(frozen=True, slots=True)
+class RequestAborted(Event):
+    """What the engine did for a request was cut off; `confirmed` (yes, no, unknown): it stopped.
+
+    `seconds` are from the abort until the slot was free.
+    """
+
+    request_id: str
+    model: str
+    worker: str
+    confirmed: str
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class RequestRetried(Event):
+    """A request is sent again after `delay_s`, as call number `attempt` of `allowed`."""
+
+    request_id: str
+    operation: str
+    model: str
+    worker: str
+    attempt: int
+    allowed: int
+    delay_s: float
+    code: str
+
+
+@dataclass(frozen=True, slots=True)
+class RetriesEnded(Event):
+    """Retries came to an end: `outcome` is success, exhausted or deadline."""
+
+    operation: str
+    outcome: str
+
+
+@dataclass(frozen=True, slots=True)
+class BreakerMoved(Event):
+    """A worker's breaker came to be closed, open or half_open after `failures` in a row."""
+
+    model: str
+    worker: str
+    old: str
+    new: str
+    failures: int
 
 
 @dataclass(frozen=True, slots=True)

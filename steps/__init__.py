@@ -17,6 +17,8 @@ pytest_plugins = [
     "steps.devices",
     "steps.leftovers",
     "steps.requests",
+    "steps.admission",
+    "steps.hanging",
     "steps.operator",
     "steps.watching",
 ]

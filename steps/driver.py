@@ -266,10 +266,13 @@ class Hive:
         for key in self.keys:
             lines += ["[[auth.keys]]", *(f"{k} = {_toml(v)}" for k, v in key.items())]
         for name, model in self.models.items():
-            fields = {"engine": "command", "device": "cpu", **model.extra}
+            fields = {"engine": "command", **model.extra}
+            if "replicas" not in fields:
+                fields.setdefault("device", "cpu")
             if fields["engine"] == "command" and "command" not in fields:
                 fields.setdefault("running", "vllm")
-                control = str(self.control(name))
+                # Each replica has a control of its own: see `double_of`.
+                control = "{socket}.ctl" if "replicas" in fields else str(self.control(name))
                 fields["command"] = engine_command(
                     "--uds", "{socket}", "--model", "{model}", "--control", control,
                     "--journal", str(self.journal(name)), *model.knobs,
@@ -512,6 +515,12 @@ class Hive:
 
     def double(self, name: str = "m") -> "Double":
         return Double(self.control(name))
+
+    def double_of(self, worker_id: str) -> "Double":
+        """The double behind one of several replicas."""
+        command = Path(f"/proc/{self.worker(worker_id)['pid']}/cmdline").read_bytes()
+        words = command.decode().split("\0")
+        return Double(Path(words[words.index("--control") + 1]))
 
     def tree(self, worker_id: str = "m-0") -> list[guard.Process]:
         """The guard of a worker and every process below it."""

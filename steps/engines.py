@@ -29,6 +29,19 @@ BEHAVIOURS: dict[str, tuple[str, ...]] = {
     "never answers its health check": ("--health-s", "inf"),
     "takes 20 ms for each token": ("--token-s", "0.02"),
     "generates for a minute": ("--token-s", "0.05", "--tokens", "1200"),
+    "stops after 3 tokens, but for probes": ("--stop-after", "3", "--good-requests", "1"),
+    "takes 0.4 seconds to end what was cancelled": (
+        *("--token-s", "0.05", "--tokens", "1200", "--abort-s", "0.4"),
+    ),
+    "never ends what was cancelled, and stands still": (
+        *("--stop-after", "5", "--good-requests", "1", "--abort-s", "inf"),
+    ),
+    "never ends what was cancelled, but generates": (
+        *("--token-s", "0.05", "--tokens", "1200", "--abort-s", "inf"),
+    ),
+    "has a prefill of 3 seconds, in steps of 2 seconds": ("--first-token-s", "3", "--abort-s", "2"),
+    "hangs up on its next 1 request": ("--good-requests", "1", "--hang-up", "1"),
+    "hangs up on its next 9 requests": ("--good-requests", "1", "--hang-up", "9"),
     "never comes to the first token": ("--stop-after", "0", "--good-requests", "1"),
     "generates 5000 tokens as fast as it can": ("--tokens", "5000"),
     "runs as three processes": ("--core",),
@@ -83,6 +96,23 @@ def _(story: Story, status: int) -> None:
 @given(parsers.parse("the engine refuses every request with {status:d} for {seconds:d} seconds"))
 def _(story: Story, status: int, seconds: int) -> None:
     story.hive.model(MODEL, "--good-requests", "1", "--answer-status", f"{status}:{seconds}")
+
+
+@given("the engine is well again")
+@when("the engine is well again")
+def _(story: Story) -> None:
+    story.double.set(answer_status="")
+
+
+@given("the other replica is well again")
+def _(story: Story) -> None:
+    (idle,) = (worker["id"] for worker in story.hive.workers if not worker["in_flight"])
+    story.hive.double_of(idle).set(stop_after=None)
+
+
+@when(parsers.parse("the engine refuses everything with {status:d} again"))
+def _(story: Story, status: int) -> None:
+    story.double.set(answer_status=str(status))
 
 
 @given("a model whose program is not there")

@@ -24,3 +24,9 @@ def must(is_so: Callable[[], object], seconds: float, what: str | Callable[[], s
     if not until(is_so, seconds):
         said = what if isinstance(what, str) else what()
         raise AssertionError(f"not within {seconds:g} s: {said}")
+
+
+def holds(is_so: Callable[[], object], seconds: float, what: str) -> None:
+    """Fail the test if it stops being so within `seconds`: what must not happen has no event."""
+    if until(lambda: not is_so(), seconds):
+        raise AssertionError(f"not for {seconds:g} s: {what}")

@@ -15,7 +15,6 @@ from hive.errors import NotFound, ValidationFailed
 from hive.gateway.auth import Caller
 from hive.gateway.stream import EventStream
 from hive.gateway.traffic import Passage, Traffic
-from hive.policy.lifecycle import State
 from hive.policy.redaction import for_clients, without_secrets
 from hive.workers.diagnosis import log_files, read_tail
 from hive.workers.fleet import Fleet
@@ -42,7 +41,9 @@ class Admin:
         traffic: Traffic,
         events: EventStream,
         metrics: MetricsText,
+        drain: Callable[[], None],
     ) -> None:
+        self._drain = drain
         self._fleet, self._traffic = fleet, traffic
         self._devices, self._ledger = devices, ledger
         self._events, self._metrics = events, metrics
@@ -56,11 +57,13 @@ class Admin:
             web.get("/metrics", self.metrics),
             web.get("/hive/v1/status", self.status),
             web.get("/hive/v1/requests", self.requests),
+            web.delete("/hive/v1/requests/{request_id}", self.cancel),
+            web.post("/hive/v1/drain", self.drain),
             web.get("/hive/v1/events", self.events, allow_head=False),
             web.get("/hive/v1/workers", self.workers),
             web.get("/hive/v1/workers/{id}", self.worker),
             web.get("/hive/v1/workers/{id}/logs", self.logs, allow_head=False),
-            web.post("/hive/v1/workers/{id}/{action:start|stop|restart|release}", self.act),
+            web.post("/hive/v1/workers/{id}/{action:start|stop|restart|drain|release}", self.act),
             web.get("/hive/v1/devices", self.devices),
             web.get("/hive/v1/devices/{id}", self.device),
             web.post("/hive/v1/devices/{id}/release", self.release),
@@ -91,7 +94,7 @@ class Admin:
         models: dict[str, dict[str, Any]] = {}
         for worker in self._fleet.workers.values():
             model = models.setdefault(worker.model, {"ready": False, "workers": {}})
-            model["ready"] = model["ready"] or worker.state is State.READY
+            model["ready"] = model["ready"] or self._fleet.door(worker.model).serves(worker)
             model["workers"][worker.id] = str(worker.state)
         return models
 
@@ -123,6 +126,20 @@ class Admin:
         others = [view for view in views if view["request_id"] != passage.request_id]
         return web.json_response({"requests": others})
 
+    async def cancel(self, request: web.Request) -> web.Response:
+        """End a request: its engine is told at once, its client gets REQUEST_CANCELLED."""
+        caller: Caller = request["caller"]
+        self._traffic.cancel(
+            request.match_info["request_id"], caller.name, may_all=caller.may("admin")
+        )
+        return web.Response(status=204)
+
+    async def drain(self, _request: web.Request) -> web.Response:
+        """As SIGTERM: refuse what is new, let what runs finish within drain_s, end with 0."""
+        self._fleet.refuse()
+        self._drain()
+        return web.json_response({"status": "draining"}, status=202)
+
     async def events(self, request: web.Request) -> web.StreamResponse:
         """Server-sent events; resumes after Last-Event-ID."""
         response = web.StreamResponse(
@@ -144,11 +161,11 @@ class Admin:
 
     async def workers(self, _request: web.Request) -> web.Response:
         """Every worker: id, model, state, device, reason and more."""
-        return web.json_response({"workers": [_view(w) for w in self._fleet.workers.values()]})
+        return web.json_response({"workers": [self._view(w) for w in self._fleet.workers.values()]})
 
     async def worker(self, request: web.Request) -> web.Response:
         """One worker."""
-        return web.json_response(_view(self._find(request)))
+        return web.json_response(self._view(self._find(request)))
 
     async def act(self, request: web.Request) -> web.Response:
         """202 once the worker has left its old state."""
@@ -157,10 +174,16 @@ class Admin:
             "start": worker.start,
             "stop": worker.stop,
             "restart": worker.restart,
+            "drain": worker.stop,
             "release": lambda: self._fleet.release_worker(worker),
         }
         await actions[request.match_info["action"]]()
-        return web.json_response(_view(worker), status=202)
+        return web.json_response(self._view(worker), status=202)
+
+    def _view(self, worker: Worker) -> dict[str, Any]:
+        """A worker; its reason may quote the engine, so it is redacted like an answer."""
+        view = {**worker.view(), **self._fleet.door(worker.model).view(worker)}
+        return {**view, "reason": for_clients(view["reason"])}
 
     def _find(self, request: web.Request) -> Worker:
         return self._fleet.worker(request.match_info["id"])
@@ -236,12 +259,6 @@ class Admin:
                     continue
         finally:
             os.close(fd)
-
-
-def _view(worker: Worker) -> dict[str, Any]:
-    """A worker for operators; its reason may quote the engine, so it is redacted like an answer."""
-    view = worker.view()
-    return {**view, "reason": for_clients(view["reason"])}
 
 
 def _last_lines(path: Path, fd: int, lines: int) -> tuple[bytes, int]:

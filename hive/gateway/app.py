@@ -35,12 +35,14 @@ class Gateway:
         ledger: Ledger,
         announcer: Announcer,
         metrics: MetricsText,
+        drain: Callable[[], None],
     ) -> None:
+        """`drain` is what a SIGTERM does."""
         self._doorkeeper = Doorkeeper(settings.auth.keys)
         self._traffic = Traffic(announcer)
         stream = EventStream()
         announcer.listen(stream.hear)
-        self._admin = Admin(fleet, devices, ledger, self._traffic, stream, metrics)
+        self._admin = Admin(fleet, devices, ledger, self._traffic, stream, metrics, drain)
         inference = Inference(settings, fleet, announcer)
         self.app = web.Application(middlewares=[self._answer])
         self.app.add_routes([*self._admin.routes(), *inference.routes()])

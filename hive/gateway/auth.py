@@ -9,6 +9,8 @@ from typing import Literal
 from aiohttp import web
 
 from hive.errors import Forbidden, NotFound, Unauthorized
+from hive.policy.admission import Priority
+from hive.policy.quota import Quota
 from hive.settings import ApiKey
 
 Scope = Literal["inference", "admin", "metrics", "any", "nobody"]
@@ -24,12 +26,21 @@ class Caller:
 
     name: str | None
     scopes: frozenset[str]
+    quota: Quota
+    priority: Priority  # of its requests …
+    highest: Priority  # … and the most urgent one that it may ask for
 
     def may(self, scope: str) -> bool:
         return scope in self.scopes or (scope == "metrics" and "admin" in self.scopes)
 
 
-ANYONE = Caller(None, frozenset({"inference", "admin", "metrics"}))
+ANYONE = Caller(
+    None,
+    frozenset({"inference", "admin", "metrics"}),
+    Quota(0, 0),
+    Priority.NORMAL,
+    Priority.INTERACTIVE,
+)
 
 
 def needed_scope(path: str) -> str | None:
@@ -57,7 +68,17 @@ class Doorkeeper:
 
     def __init__(self, keys: tuple[ApiKey, ...]) -> None:
         self._keys = [
-            (bytes.fromhex(key.sha256), Caller(key.name, frozenset(key.scopes))) for key in keys
+            (
+                bytes.fromhex(key.sha256),
+                Caller(
+                    key.name,
+                    frozenset(key.scopes),
+                    Quota(key.max_concurrent, key.requests_per_minute),
+                    Priority[key.priority.upper()],
+                    Priority[key.priority.upper()],
+                ),
+            )
+            for key in keys
         ]
 
     def admit(self, request: web.Request) -> Caller:

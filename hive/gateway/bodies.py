@@ -4,6 +4,7 @@ import asyncio
 import re
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
+from dataclasses import dataclass
 
 import msgspec
 from aiohttp import web
@@ -21,16 +22,35 @@ from hive.settings import Server
 MIB = 2**20
 _BOUNDARY = re.compile(r'boundary="?([^";,]{1,200})"?', re.IGNORECASE)
 _FIELD_NAME = re.compile(rb'(?:[;\s])name="([^"]*)"')
+_LIST = re.compile(rb"\s*\[\s*(\S)")
 _MODEL_BYTES = 256
 
 
+_MOST_WEIGHT = 100_000
+
+
 class _Named(msgspec.Struct):
-    """The fields of a JSON body that hive itself looks at."""
+    """The fields of a JSON body that hive itself looks at; the engine judges all but the model."""
 
     model: str
+    stream: msgspec.Raw = msgspec.Raw(b"")
+    n: msgspec.Raw = msgspec.Raw(b"")
+    prompt: msgspec.Raw = msgspec.Raw(b"")
+    input: msgspec.Raw = msgspec.Raw(b"")
+    documents: msgspec.Raw = msgspec.Raw(b"")
 
 
 _decoder = msgspec.json.Decoder(_Named)
+_items = msgspec.json.Decoder(list[msgspec.Raw])
+
+
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """What hive needs to know of a body: `weight` is how many requests the engine makes of it."""
+
+    model: str
+    is_stream: bool = False
+    weight: int = 1
 
 
 class Intake:
@@ -98,14 +118,14 @@ class Intake:
         )
 
 
-def model_in(body: bytes, content_type: str) -> str:
-    """The model that a body names. Raises ValidationFailed that says what is wrong, never echoing."""
+def asked_in(body: bytes, content_type: str) -> Asked:
+    """What a body asks for. Raises ValidationFailed that says what is wrong, never echoing."""
     if content_type.lower().startswith("multipart/"):
-        return _model_in_multipart(body, content_type)
+        return Asked(_model_in_multipart(body, content_type))
     if not body:
         raise ValidationFailed("The request has no body; a JSON object with 'model' is needed.")
     try:
-        model = _decoder.decode(body).model
+        named = _decoder.decode(body)
     except msgspec.ValidationError as exc:
         raise _not_as_needed(str(exc)) from None
     except (msgspec.DecodeError, UnicodeDecodeError) as exc:
@@ -115,9 +135,24 @@ def model_in(body: bytes, content_type: str) -> str:
         ) from None
     except RecursionError:
         raise ValidationFailed("The request's body is nested too deeply.") from None
-    if not model:
+    if not named.model:
         raise ValidationFailed("'model' must not be empty.", param="model")
-    return model
+    texts = _count(named.prompt) * _count(named.input) * _count(named.documents)
+    n = bytes(named.n)
+    weight = texts * max(1, int(n) if n.isdigit() and len(n) < len(str(_MOST_WEIGHT)) else 1)
+    is_stream = bytes(named.stream) == b"true"
+    return Asked(named.model, is_stream, min(weight, _MOST_WEIGHT))
+
+
+def _count(texts: msgspec.Raw) -> int:
+    """How many texts there are: a list has several, a list of token ids is one."""
+    first = _LIST.match(bytes(memoryview(texts)[:64]))
+    if not first or first[1].isdigit():
+        return 1
+    try:
+        return max(1, len(_items.decode(texts)))
+    except (msgspec.DecodeError, RecursionError):
+        return 1
 
 
 def _without_prefix(text: str) -> str:

@@ -1,18 +1,36 @@
-"""Inference: find the model that a request names, lease its worker, relay."""
+"""Inference: the model that a request names, a slot of a worker of it, and the relay."""
 
+import logging
 import re
+import time
 from collections import OrderedDict
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 from aiohttp import web
 
-from hive.errors import NotFound, ValidationFailed
-from hive.events import Announcer, RequestArrived
-from hive.gateway.bodies import Intake, model_in
-from hive.gateway.relay import Relay
+from hive.errors import (
+    InferenceTimeout,
+    NotFound,
+    RateLimited,
+    RequestTimeout,
+    ValidationFailed,
+)
+from hive.events import Announcer, RequestAdmitted, RequestExpired
+from hive.gateway import wishes
+from hive.gateway.auth import Caller
+from hive.gateway.bodies import Asked, Intake, asked_in
+from hive.gateway.clock import Clock
+from hive.gateway.relay import ClientLeft, Relay, Unanswered
+from hive.gateway.retrying import Retries
 from hive.gateway.traffic import Passage
+from hive.policy.admission import Ticket
+from hive.policy.deadlines import Deadline, Due, Limits, Phase
 from hive.settings import Settings
+from hive.workers.admission import Door, Permit
 from hive.workers.fleet import Fleet
-from hive.workers.worker import Worker
+
+log = logging.getLogger(__name__)
 
 PATHS = ("/tokenize", "/detokenize", "/rerank", "/score", "/pooling")
 _RESPONSE_ID = re.compile(rb'"id"\s*:\s*"(resp_[A-Za-z0-9_-]{1,128})"')
@@ -29,6 +47,15 @@ class Inference:
         self._intake = Intake(settings.server)
         self._relay = Relay()
         self._makers: OrderedDict[str, str] = OrderedDict()  # response id -> worker id
+        self._limits = {
+            name: Limits(
+                **{
+                    field: getattr(settings.timeouts_of(model), field)
+                    for field in Limits.__dataclass_fields__
+                }
+            )
+            for name, model in settings.models.items()
+        }
 
     def routes(self) -> list[web.RouteDef]:
         return [
@@ -44,15 +71,15 @@ class Inference:
         ]
 
     async def infer(self, request: web.Request) -> web.StreamResponse:
-        """To a READY worker of the model that the body names."""
+        """To a worker of the model that the body names, when one has a slot."""
         passage: Passage = request["passage"]
-        async with self._intake.receive(request) as body:
-            passage.bytes_in = len(body)
-            name = self._model_of(request, body)
-            self._fleet.of_model(name)  # only configured names become a label
-            passage.model = name
-            worker = self._fleet.choose(name)
-            return await self._ask(request, body, worker, passage)
+        with self._quota(request["caller"]):
+            async with self._intake.receive(request) as body:
+                passage.bytes_in = len(body)
+                asked = self._asked(request, body)
+                door = self._fleet.door(asked.model)  # only configured names become a label
+                passage.model = asked.model
+                return await self._serve(request, body, asked, door, self._ticket(request))
 
     async def stored_response(self, request: web.Request) -> web.StreamResponse:
         """To the worker that made the response, which alone can know it."""
@@ -65,27 +92,136 @@ class Inference:
             )
         async with self._intake.receive(request) as body:
             passage.bytes_in = len(body)
-            worker = self._fleet.worker(worker_id)
-            passage.model = worker.model
-            return await self._ask(request, body, self._fleet.must_be_ready(worker), passage)
+            passage.model = self._fleet.worker(worker_id).model
+            door = self._fleet.door(passage.model)
+            ticket = self._ticket(request, pinned=worker_id)
+            return await self._serve(request, body, Asked(passage.model), door, ticket)
 
-    async def _ask(
-        self, request: web.Request, body: bytes, worker: Worker, passage: Passage
+    @contextmanager
+    def _quota(self, caller: Caller) -> Iterator[None]:
+        """Count a request against its key. Raises RateLimited, for this key alone (C12)."""
+        quota = caller.quota
+        if (wait_s := quota.take(time.monotonic())) is not None:
+            what, most = "requests_per_minute", quota.per_minute
+            if quota.is_full:
+                what, most = "max_concurrent", quota.max_concurrent
+            raise RateLimited(
+                f"This key may not do more now ({what} is {most}).",
+                reason=what,
+                retry_after_s=wait_s,
+                current_requests=quota.in_flight,
+                **{what: most},
+            )
+        try:
+            yield
+        finally:
+            quota.give_back()
+
+    def _ticket(self, request: web.Request, pinned: str | None = None) -> Ticket:
+        caller: Caller = request["caller"]
+        return Ticket(
+            wishes.priority(request.headers, caller.priority, caller.highest),
+            pinned=pinned,
+            session=wishes.session(request.headers),
+        )
+
+    async def _serve(
+        self, request: web.Request, body: bytes, asked: Asked, door: Door, ticket: Ticket
     ) -> web.StreamResponse:
-        with worker.lease() as life:
-            passage.worker = worker.id
-            self._announcer.announce(RequestArrived(passage.request_id, worker.model, passage.path))
+        """Admit, relay, and where nothing was answered yet, perhaps try again (C1-C4)."""
+        passage: Passage = request["passage"]
+        clock = passage.clock = self._clock(request, asked, door)
+
+        async def attempt(ticket: Ticket) -> web.StreamResponse:
+            permit = await self._admitted(door, ticket, passage, clock)
             remember = None
             if request.path == "/v1/responses":
-                remember = lambda first: self._remember(first, worker.id)  # noqa: E731
-            connect_s = worker.plan.timeouts.connect_s
-            return await self._relay.forward(request, body, life, passage, connect_s, remember)
+                remember = lambda first: self._remember(first, permit.worker.id)  # noqa: E731
+            return await self._relay.forward(request, body, permit, passage, asked.weight, remember)
 
-    def _model_of(self, request: web.Request, body: bytes) -> str:
-        if request.path.endswith("load_lora_adapter") and len(self._settings.models) == 1:
-            return next(iter(self._settings.models))  # its body names an adapter, not a model
         try:
-            return model_in(body, request.headers.get("Content-Type", ""))
+            return await attempt(ticket)
+        except Unanswered as first:
+            failure = first
+            retries = Retries(self._announcer, passage, door, ticket, clock)
+        return await retries.after(failure, attempt)
+
+    def _clock(self, request: web.Request, asked: Asked, door: Door) -> Clock:
+        passage: Passage = request["passage"]
+        limits = self._limits[door.model]
+        own_s = wishes.own_limit_s(request.headers, passage.began)
+        if own_s is not None and own_s > limits.request_s:
+            log.warning("a caller may shorten its deadline of %g s only", limits.request_s)
+        deadline = Deadline(
+            limits.shortened(own_s),
+            passage.began,
+            is_stream=asked.is_stream,
+            is_shortened=own_s is not None and own_s < limits.request_s,
+        )
+
+        def expired(due: Due) -> Exception:
+            error = self._error_of(due, deadline, passage, door)
+            self._announcer.announce(RequestExpired(passage.request_id, door.model, due.phase))
+            return error
+
+        return Clock(deadline, expired)
+
+    def _error_of(self, due: Due, deadline: Deadline, passage: Passage, door: Door) -> Exception:
+        """C13: what took too long, how long it may take, and how long it took."""
+        now = time.monotonic()
+        since = deadline.slot_at or deadline.arrived
+        match due.phase:
+            case Phase.QUEUE:
+                return door.queue_timeout(due.limit_s)
+            case Phase.REQUEST:
+                return RequestTimeout(
+                    f"No answer had begun {due.limit_s:g} s after the request's arrival.",
+                    phase=due.phase,
+                    timeout_seconds=due.limit_s,
+                    elapsed_seconds=round(now - deadline.arrived, 3),
+                    model=door.model,
+                    worker=passage.worker,
+                )
+            case Phase.STALL if passage.waits_for_client:
+                return ClientLeft(f"the client read nothing for {due.limit_s:g} s")
+            case Phase.STALL:
+                since, what = deadline.last_byte_at, "sent nothing more for"
+            case Phase.TOTAL:
+                what = "had not ended its stream after"
+            case _:
+                what = "had not answered after"
+        return InferenceTimeout(
+            f"The engine {what} {due.limit_s:g} s.",
+            phase=due.phase,
+            timeout_seconds=due.limit_s,
+            elapsed_seconds=round(now - since, 3),
+            model=door.model,
+            worker=passage.worker,
+        )
+
+    async def _admitted(self, door: Door, ticket: Ticket, passage: Passage, clock: Clock) -> Permit:
+        permit = None
+        try:
+            async with clock.running():
+                permit = await door.admit(ticket)
+        except BaseException:
+            if permit is not None:  # its limit passed just then
+                permit.finished()
+            raise
+        clock.got_slot()
+        passage.worker = permit.worker.id
+        queue_s = ticket.granted - ticket.arrived
+        self._announcer.announce(
+            RequestAdmitted(passage.request_id, door.model, permit.worker.id, queue_s)
+        )
+        return permit
+
+    def _asked(self, request: web.Request, body: bytes) -> Asked:
+        if request.path.endswith("load_lora_adapter") and len(self._settings.models) == 1:
+            # Its body names an adapter, not a model.
+            return Asked(next(iter(self._settings.models)))
+        try:
+            return asked_in(body, request.headers.get("Content-Type", ""))
         except ValidationFailed as exc:
             if exc.param == "model":
                 exc.details = {**exc.details, "allowed": sorted(self._settings.models)}

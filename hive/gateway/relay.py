@@ -23,7 +23,8 @@ from hive.errors import (
 )
 from hive.gateway import problems
 from hive.gateway.traffic import Passage
-from hive.workers.worker import EngineOver, Life
+from hive.workers.admission import Permit
+from hive.workers.life import EngineOver, Life
 
 EXIT_S = 1.0  # how long a broken answer waits to learn whether the engine's process ended
 WHOLE_BYTES = 8 * 2**20  # an answer of known length up to this is sent in one piece
@@ -55,9 +56,19 @@ _MARKS = (b'data: {"error"', b"event: error")
 _ENGINE_ERROR = re.compile(rb'(?:\A|(?<=\n))(?:data: \{"error"|event: error)')
 _CORE_IS_DEAD = re.compile(rb"EngineCore|EngineDead")  # vLLM's own words in its last 500
 _CALLERS_FAULT = b'"code": 4'  # … but a 4xx found while streaming is the request's own
-SERVER_ERROR = 500
+SERVER_ERROR, BACK_PRESSURE = 500, 503
 
 Observer = Callable[[bytes], None]
+
+
+class Unanswered(Exception):
+    """Nothing of an answer was sent, so the request may be sent again: to another worker, and
+    where `may_repeat`, after a pause, to the same one. `error` is what to tell else."""
+
+    def __init__(self, error: HiveError, *, may_repeat: bool) -> None:
+        super().__init__(error.message)
+        self.error = error
+        self.may_repeat = may_repeat
 
 
 class Relay:
@@ -67,19 +78,53 @@ class Relay:
         self,
         request: web.Request,
         body: bytes,
-        life: Life,
+        permit: Permit,
         passage: Passage,
-        connect_s: float,
+        weight: int = 1,
         observe: Observer | None = None,
     ) -> web.StreamResponse:
-        """Send the request on and the answer back.
+        """Send the request on and the answer back; the permit is closed, or closes by itself.
 
-        `observe` gets the first piece of a good answer. Raises HiveError while nothing was sent;
-        returns a response that has been sent, else. Cancelling closes the engine's connection.
+        `observe` gets the first piece of a good answer. Raises HiveError or Unanswered while
+        nothing was sent; returns a response that has been sent, else. Cancelling, or a limit that
+        passes, closes the engine's connection at once.
         """
         downstream = _Downstream(request, passage)
+        error: HiveError
+        try:
+            return await self._exchange(request, body, permit, downstream, weight, observe)
+        except ClientLeft:
+            raise
+        except Unanswered as exc:
+            if downstream.response is None:
+                raise
+            error = exc.error
+        except HiveError as exc:
+            error = exc
+        finally:
+            permit.aborted(passage.request_id)  # nothing, where the answer is whole
+        if downstream.response is None:
+            raise error
+        passage.code = error.code
+        await downstream.fail(error)
+        return downstream.response
+
+    async def _exchange(
+        self,
+        request: web.Request,
+        body: bytes,
+        permit: Permit,
+        downstream: "_Downstream",
+        weight: int,
+        observe: Observer | None,
+    ) -> web.StreamResponse:
+        life, passage = permit.life, downstream.passage
+        assert passage.clock is not None
+        connect_s = passage.clock.deadline.limits.connect_s
+        permit.began(weight)
         try:
             async with (
+                passage.clock.running(),
                 life.until_over(),
                 life.session.request(
                     request.method,
@@ -92,27 +137,32 @@ class Relay:
                 ) as answer,
             ):
                 try:
-                    return await self._pass_on(answer, life, downstream, observe)
+                    return await self._pass_on(answer, permit, downstream, observe)
                 finally:
                     answer.close()  # cancelled or done: an abort is the connection's end
-        except ClientLeft:
-            raise
         except aiohttp.ServerTimeoutError:
-            error: HiveError = GatewayTimeout(
+            permit.judge(fault=True)
+            permit.finished()
+            timeout = GatewayTimeout(
                 f"The engine did not accept the connection within {connect_s:g} s.",
                 phase="connect",
                 timeout_seconds=connect_s,
                 model=passage.model,
             )
-        except HiveError as exc:
-            error = exc
+            raise Unanswered(timeout, may_repeat=True) from None
+        except ClientLeft:
+            raise
+        except WorkerCrashed as exc:
+            raise Unanswered(exc, may_repeat=False) from exc
         except (aiohttp.ClientError, ConnectionError, EngineOver) as exc:
+            permit.judge(fault=True)
+            if isinstance(exc, aiohttp.ClientConnectorError):
+                permit.finished()
             error = await self._why_it_broke_off(life, passage, exc)
-        if downstream.response is None:
-            raise error
-        passage.code = error.code
-        await downstream.fail(error)
-        return downstream.response
+            is_transient = isinstance(
+                exc, aiohttp.ClientConnectorError | aiohttp.ServerDisconnectedError
+            ) and isinstance(error, BadGateway)
+            raise Unanswered(error, may_repeat=is_transient) from exc
 
     def _forwarded(self, request: web.Request, passage: Passage) -> CIMultiDict[str]:
         headers = CIMultiDict(
@@ -126,11 +176,12 @@ class Relay:
     async def _pass_on(
         self,
         answer: aiohttp.ClientResponse,
-        life: Life,
+        permit: Permit,
         downstream: "_Downstream",
         observe: Observer | None,
     ) -> web.StreamResponse:
-        passage = downstream.passage
+        passage, life, pulse = downstream.passage, permit.life, permit.life.pulse
+        assert pulse is not None
         piece = await answer.content.readany()
         core_is_dead = answer.status == SERVER_ERROR and _CORE_IS_DEAD.search(piece)
         if core_is_dead and (crash := await self._crash(life, passage)):
@@ -144,6 +195,7 @@ class Relay:
         response = await downstream.begin(answer, self._returned(answer, passage))
         held = b""
         while piece:
+            pulse.relayed += len(piece)
             piece, held = held + piece, b""
             if is_stream and (found := _ENGINE_ERROR.search(piece)):
                 await downstream.send(piece[: found.start()])
@@ -154,6 +206,9 @@ class Relay:
                 piece, held = piece[:-most], piece[-most:]
             await downstream.send(piece)
             piece = await answer.content.readany()
+        # The engine is done with it; a client that reads slowly needs no slot.
+        judge_by(answer.status, permit)
+        permit.finished()
         await downstream.send(held)
         await downstream.finish()
         return response
@@ -207,6 +262,12 @@ class Relay:
         return BadGateway(f"The engine {what}.", worker=passage.worker, model=passage.model)
 
 
+def judge_by(status: int, permit: Permit) -> None:
+    """4xx are the caller's; the engine's own 429 and 503 are back-pressure (C5, C12)."""
+    is_neutral = 400 <= status < SERVER_ERROR or status == BACK_PRESSURE  # noqa: PLR2004
+    permit.judge(fault=None if is_neutral else status >= SERVER_ERROR)
+
+
 def begun_mark(piece: bytes) -> int:
     """How many last bytes may be the beginning of an engine's error, cut by the piece's end."""
     last_line = piece[piece.rfind(b"\n") + 1 :]
@@ -251,6 +312,8 @@ class _Downstream:
         self.response = response
         self.passage.status = response.status
         self.passage.first_byte = time.monotonic()
+        assert self.passage.clock is not None
+        self.passage.clock.first_byte(is_stream=self._is_stream)
         return response
 
     async def send(self, piece: bytes) -> None:
@@ -259,10 +322,15 @@ class _Downstream:
         # Noted before the wait for a slow client, which an engine's end may interrupt.
         self.passage.bytes_out += len(piece)
         self._end = (self._end + piece[-4:])[-4:]
+        assert self.passage.clock is not None
+        self.passage.clock.byte()
+        self.passage.waits_for_client = True
         try:
             await self.response.write(piece)
         except ConnectionError as exc:
             raise ClientLeft from exc
+        self.passage.waits_for_client = False
+        self.passage.clock.byte()
 
     async def finish(self) -> None:
         assert self.response is not None

@@ -10,10 +10,31 @@ from contextlib import contextmanager
 from dataclasses import asdict
 from datetime import UTC, datetime
 
-from hive.events import DaemonMoved, DeviceRead, Event, RequestArrived, RequestEnded
+from hive.events import (
+    DaemonMoved,
+    DeviceRead,
+    Event,
+    HintJudged,
+    RequestAborted,
+    RequestAdmitted,
+    RequestEnded,
+    RequestExpired,
+    RequestRefused,
+    RetriesEnded,
+)
 from hive.policy.redaction import without_secrets
 
 KEPT = 1000  # events that a client can resume from
+# Metrics count these; what became of a request is in its RequestEnded.
+_NOISE = (
+    DeviceRead,
+    HintJudged,
+    RequestAborted,
+    RequestAdmitted,
+    RequestExpired,
+    RequestRefused,
+    RetriesEnded,
+)
 BACKLOG = 1000  # events that a slow client may be behind before it is dropped
 
 
@@ -35,9 +56,7 @@ class EventStream:
         self._readers: set[asyncio.Queue[bytes | None]] = set()
 
     def hear(self, event: Event) -> None:
-        if isinstance(event, RequestArrived | DeviceRead) or (
-            isinstance(event, RequestEnded) and not event.code
-        ):
+        if isinstance(event, _NOISE) or (isinstance(event, RequestEnded) and not event.code):
             return
         self._number += 1
         name = event_name(event)

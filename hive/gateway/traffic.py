@@ -3,6 +3,7 @@
 import re
 import time
 import uuid
+from collections import OrderedDict
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -10,11 +11,14 @@ from typing import Any
 
 from aiohttp import web
 
-from hive.errors import Conflict
+from hive.errors import Conflict, NotFound, RequestCancelled
 from hive.events import Announcer, RequestEnded
+from hive.gateway.clock import Clock
 
 _ID = re.compile(r"[A-Za-z0-9._-]{1,128}\Z")
 ABORTED = 499  # the client left; never sent, only logged
+REMEMBERED_S = 600.0  # how long an ended request is known to DELETE …
+REMEMBERED = 100_000  # … and how many of them at most
 
 
 @dataclass(slots=True)
@@ -34,6 +38,8 @@ class Passage:
     began: float = field(default_factory=time.monotonic)
     began_at: float = field(default_factory=time.time)
     first_byte: float | None = None
+    clock: Clock | None = None  # of inference, once its model is known
+    waits_for_client: bool = False  # that does not read
 
     def view(self) -> dict[str, Any]:
         now = time.monotonic()
@@ -61,6 +67,7 @@ class Traffic:
     def __init__(self, announcer: Announcer) -> None:
         self._announcer = announcer
         self._passages: dict[str, Passage] = {}
+        self._ended: OrderedDict[str, tuple[float, str | None]] = OrderedDict()
 
     @contextmanager
     def passage(self, request: web.Request) -> Iterator[Passage]:
@@ -78,6 +85,7 @@ class Traffic:
             yield passage
         finally:
             del self._passages[request_id]
+            self._remember(passage)
             self._announce_end(passage)
 
     def refuse_duplicate(self, request: web.Request, passage: Passage) -> None:
@@ -87,6 +95,34 @@ class Traffic:
                 "A request with this X-Request-Id is in flight.",
                 action="Use a new X-Request-Id for each request, or leave it out.",
             )
+
+    def cancel(self, request_id: str, key: str | None, *, may_all: bool) -> None:
+        """End a request that `key` may end; one that ended within REMEMBERED_S is fine as it is.
+
+        Raises NotFound for any other.
+        """
+        passage = self._passages.get(request_id)
+        if passage is not None and passage.clock is not None and (may_all or passage.key == key):
+            passage.clock.cancel(RequestCancelled("The request was cancelled as it was asked for."))
+            return
+        ended_at, owner = self._ended.get(request_id, (-REMEMBERED_S, None))
+        if time.monotonic() - ended_at >= REMEMBERED_S or not (may_all or owner == key):
+            raise NotFound(
+                "No such request is in flight, or ended lately.",
+                action="Name a request by its X-Request-Id; 'GET /hive/v1/requests' lists them.",
+            )
+
+    def _remember(self, passage: Passage) -> None:
+        if passage.clock is None:
+            return
+        now = time.monotonic()
+        self._ended[passage.request_id] = now, passage.key
+        self._ended.move_to_end(passage.request_id)
+        while (
+            len(self._ended) > REMEMBERED
+            or now - next(iter(self._ended.values()))[0] > REMEMBERED_S
+        ):
+            self._ended.popitem(last=False)
 
     def _announce_end(self, passage: Passage) -> None:
         now = time.monotonic()

@@ -56,6 +56,7 @@ class Deadline:
     arrived: float
     is_stream: bool = False
     is_shortened: bool = False  # by the caller
+    queued_at: float = 0.0  # later than `arrived` when it waits a second time
     slot_at: float | None = None
     first_byte_at: float | None = None
     last_byte_at: float = 0.0
@@ -70,7 +71,8 @@ class Deadline:
         limits = self.limits
         request = Due(self.request_at, Phase.REQUEST, limits.request_s)
         if self.slot_at is None:
-            queue = Due(self.arrived + limits.queue_s, Phase.QUEUE, limits.queue_s)
+            queued_at = max(self.arrived, self.queued_at)
+            queue = Due(queued_at + limits.queue_s, Phase.QUEUE, limits.queue_s)
             return min(queue, request, key=lambda due: due.at)
         if self.first_byte_at is None:
             name = Phase.FIRST_TOKEN if self.is_stream else Phase.INFERENCE

@@ -30,6 +30,7 @@ class News(StrEnum):
     ANSWERED = "answered"  # the probe succeeded
     LOAD_EXPIRED = "load_expired"
     DEVICE_FAILED = "device_failed"  # one of its devices may not be used any more
+    HUNG = "hung"  # the engine is there and makes no progress
     EXITED = "exited"  # the engine's first process ended
     DRAINED = "drained"  # nothing in flight, or drain_s is over
     GONE = "gone"  # the tree is gone and nothing is to follow
@@ -59,6 +60,7 @@ NEXT: dict[State, dict[News, State]] = {
     },
     State.READY: {
         News.EXITED: State.STOPPING,
+        News.HUNG: State.STOPPING,
         News.DEVICE_FAILED: State.STOPPING,
         News.STOP_ASKED: State.DRAINING,
         News.HASTE_ASKED: State.STOPPING,
@@ -66,6 +68,7 @@ NEXT: dict[State, dict[News, State]] = {
     State.DRAINING: {
         News.DRAINED: State.STOPPING,
         News.EXITED: State.STOPPING,
+        News.HUNG: State.STOPPING,
         News.DEVICE_FAILED: State.STOPPING,
         News.HASTE_ASKED: State.STOPPING,
     },

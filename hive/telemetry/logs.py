@@ -14,13 +14,14 @@ from structlog.types import EventDict, Processor
 
 from hive.errors import by_code
 from hive.events import (
+    BreakerMoved,
     DaemonMoved,
     DeviceMoved,
     Event,
     LeakCleared,
     LeakFound,
-    RequestArrived,
     RequestEnded,
+    RequestRetried,
     StrangerSeen,
     VramChecked,
     WorkerEnded,
@@ -105,12 +106,15 @@ def write(event: Event) -> None:
     """The listener: one line a fact."""
     log: Any = structlog.get_logger("hive")
     match event:
-        case RequestArrived():
-            return
         case RequestEnded():
             if event.path in _QUIET and event.code is None:
                 return
             log.log(_request_level(event), "request", **_request_facts(event))
+        case RequestRetried():
+            log.warning("request is sent again", **asdict(event))
+        case BreakerMoved():
+            is_open = event.new == "open"
+            log.log(logging.ERROR if is_open else logging.INFO, "breaker moved", **asdict(event))
         case WorkerMoved():
             bad = event.new in ("FAILED", "QUARANTINED", "LOST")
             log.log(logging.ERROR if bad else logging.INFO, "worker moved", **asdict(event))

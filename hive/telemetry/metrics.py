@@ -1,8 +1,10 @@
 """Prometheus metrics, counted from what hive announces; all registered at start."""
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Iterable
+from collections.abc import AsyncIterator, Callable, Iterable, Mapping
 from contextlib import asynccontextmanager
+from functools import partial
+from typing import Protocol
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 from prometheus_client.exposition import CONTENT_TYPE_LATEST, generate_latest
@@ -10,12 +12,19 @@ from prometheus_client.exposition import CONTENT_TYPE_LATEST, generate_latest
 from hive.devices.faults import XIDS
 from hive.devices.watch import Condition, Receipt
 from hive.events import (
+    BreakerMoved,
     DeviceMoved,
     DeviceRead,
     Event,
+    HintJudged,
     LeakFound,
-    RequestArrived,
+    RequestAborted,
+    RequestAdmitted,
     RequestEnded,
+    RequestExpired,
+    RequestRefused,
+    RequestRetried,
+    RetriesEnded,
     VramChecked,
     WorkerEnded,
     WorkerExited,
@@ -32,11 +41,32 @@ _SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 25, 60, 120
 _LAG = (0.001, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 5)
 
 
+_BREAKER = {"closed": 0, "half_open": 1, "open": 2}
+
+
+class Room(Protocol):
+    """What is counted when somebody looks."""
+
+    @property
+    def in_flight(self) -> int: ...
+
+    @property
+    def waiting(self) -> int: ...
+
+
 class Metrics:
     """The registry and the listener that fills it. Labels are names from the configuration."""
 
-    def __init__(self, workers: Iterable[tuple[str, str]], devices: Iterable[str] = ()) -> None:
-        """`workers` are (worker id, model) pairs, `devices` ids; their series exist from the start."""
+    def __init__(
+        self,
+        workers: Iterable[tuple[str, str]],
+        devices: Iterable[str] = (),
+        rooms: Mapping[str, Room] | None = None,
+    ) -> None:
+        """`workers` are (worker id, model) pairs, `devices` ids; their series exist from the start.
+
+        `rooms` maps each model to what tells how many requests hold slots, and how many wait.
+        """
         self.registry = CollectorRegistry()
         r = self.registry
         self.requests = Counter(
@@ -63,7 +93,62 @@ class Metrics:
             registry=r,
         )
         self.in_flight = Gauge(
-            "hive_in_flight", "Requests that a worker is answering.", ["model"], registry=r
+            "hive_in_flight",
+            "Slots held: requests that a worker answers, or has not stopped working on yet.",
+            ["model"],
+            registry=r,
+        )
+        self.waiting = Gauge("hive_waiting", "Requests in the waiting room.", ["model"], registry=r)
+        self.queue_s = Histogram(
+            "hive_queue_seconds",
+            "Arrival in the waiting room to a slot, seconds.",
+            ["model"],
+            buckets=_SECONDS,
+            registry=r,
+        )
+        self.refusals = Counter(
+            "hive_refusals",
+            "Requests turned away before anything was forwarded, by reason.",
+            ["model", "reason"],
+            registry=r,
+        )
+        self.hint_error_s = Histogram(
+            "hive_retry_after_error_seconds",
+            "How far off Retry-After was: from the hint to when a place was next free, seconds.",
+            ["model"],
+            buckets=_SECONDS,
+            registry=r,
+        )
+        self.timeouts = Counter(
+            "hive_timeouts",
+            "Limits of requests that passed, by phase.",
+            ["model", "phase"],
+            registry=r,
+        )
+        self.cancellations = Counter(
+            "hive_cancellations",
+            "Requests cut off at the engine; confirmed: yes, no, or unknown where it has no gauges.",
+            ["model", "confirmed"],
+            registry=r,
+        )
+        self.cancel_s = Histogram(
+            "hive_cancel_to_free_seconds",
+            "From the abort of a request to its free slot, seconds.",
+            ["model"],
+            buckets=_SECONDS,
+            registry=r,
+        )
+        self.breaker_state = Gauge(
+            "hive_breaker_state",
+            "A worker's breaker: 0 closed, 1 half open, 2 open.",
+            ["model", "worker"],
+            registry=r,
+        )
+        self.retries = Counter(
+            "hive_retries",
+            "Calls made again (outcome retry), and how it ended: success, exhausted, deadline.",
+            ["operation", "outcome"],
+            registry=r,
         )
         self.worker_state = Gauge(
             "hive_worker_state",
@@ -147,17 +232,21 @@ class Metrics:
         for kind in KINDS:
             self.leaks.labels(kind)
         for worker, model in workers:
-            self.in_flight.labels(model)
+            self.queue_s.labels(model)
+            self.hint_error_s.labels(model)
+            self.cancel_s.labels(model)
+            self.breaker_state.labels(model, worker)
             self.worker_starts.labels(worker)
             self.request_s.labels(model)
             self.first_byte_s.labels(model)
             self.load_s.labels(model)
             self._set_state(worker, State.STOPPED)
+        for model, room in (rooms or {}).items():
+            self.in_flight.labels(model).set_function(partial(getattr, room, "in_flight"))
+            self.waiting.labels(model).set_function(partial(getattr, room, "waiting"))
 
     def hear(self, event: Event) -> None:
         match event:
-            case RequestArrived():
-                self.in_flight.labels(event.model).inc()
             case RequestEnded() if event.worker is None and (
                 event.path.startswith("/hive/") or event.method == "GET"
             ):
@@ -175,7 +264,28 @@ class Metrics:
             case WorkerEnded():
                 self.stop_s.labels(event.worker, event.how).observe(event.stop_s)
             case _:
+                self._hear_of_requests(event)
                 self._hear_of_devices(event)
+
+    def _hear_of_requests(self, event: Event) -> None:
+        match event:
+            case RequestAdmitted():
+                self.queue_s.labels(event.model).observe(event.queue_s)
+            case RequestRefused():
+                self.refusals.labels(event.model, event.reason).inc()
+            case HintJudged():
+                self.hint_error_s.labels(event.model).observe(event.error_s)
+            case RequestExpired():
+                self.timeouts.labels(event.model, event.phase).inc()
+            case RequestAborted():
+                self.cancellations.labels(event.model, event.confirmed).inc()
+                self.cancel_s.labels(event.model).observe(event.seconds)
+            case RequestRetried():
+                self.retries.labels(event.operation, "retry").inc()
+            case RetriesEnded():
+                self.retries.labels(event.operation, event.outcome).inc()
+            case BreakerMoved():
+                self.breaker_state.labels(event.model, event.worker).set(_BREAKER[event.new])
 
     def _hear_of_devices(self, event: Event) -> None:
         match event:
@@ -202,7 +312,6 @@ class Metrics:
         if event.code:
             self.failures.labels(model, event.code).inc()
         if event.worker:
-            self.in_flight.labels(model).dec()
             self.request_s.labels(model).observe(event.seconds)
         if event.first_byte_s is not None:
             self.first_byte_s.labels(model).observe(event.first_byte_s)

@@ -60,8 +60,11 @@ def nice_on(devices: tuple[str, ...]) -> int:
 class CommandEngine:
     """Runs the configured command with {socket}, {model} and {device} filled in."""
 
+    computing: tuple[str, ...] = ()
+
     def __init__(self, name: str, model: Model) -> None:
         self.name, self.model = name, model
+        self.has_gauges = model.running == "vllm"
         self.health_path = model.health_path
         self.probe_kind = model.probe or "completion"
 

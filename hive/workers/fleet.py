@@ -12,17 +12,16 @@ from pathlib import Path
 from hive.devices.watch import Devices, Watched
 from hive.errors import (
     Conflict,
-    GpuQuarantined,
     HiveError,
     ModelNotFound,
     NotFound,
-    ServiceUnavailable,
 )
 from hive.events import Announcer
-from hive.policy.lifecycle import AT_REST, ON_THE_WAY, State
+from hive.policy.lifecycle import AT_REST, State
 from hive.policy.restarts import RestartPolicy
 from hive.settings import Model, Settings
 from hive.workers import guard, preflight
+from hive.workers.admission import Door
 from hive.workers.command import CommandEngine
 from hive.workers.ledger import Ledger
 from hive.workers.ports import Engine
@@ -64,6 +63,17 @@ class Fleet:
             worker = Worker(plan, self._new_place, announcer, devices, ledger)
             self.workers[plan.id] = worker
             self._of_model.setdefault(plan.model, []).append(worker)
+        self.doors = {
+            name: Door(
+                name,
+                self._of_model[name],
+                model.max_concurrent,
+                model.queue_depth,
+                settings.breaker,
+                announcer,
+            )
+            for name, model in settings.models.items()
+        }
 
     def _plans(self) -> Iterator[WorkerPlan]:
         settings = self._settings
@@ -124,7 +134,7 @@ class Fleet:
 
     async def stop(self, *, drain: bool) -> None:
         """End every worker, in parallel; returns when each is at rest."""
-        self.is_draining = True
+        self.refuse()
 
         async def end(worker: Worker) -> None:
             if worker.state not in AT_REST:
@@ -135,6 +145,12 @@ class Fleet:
             for worker in self.workers.values():
                 tasks.create_task(end(worker), name=f"stop:{worker.id}")
 
+    def refuse(self) -> None:
+        """Take no new requests from now on, and send away whoever waits."""
+        self.is_draining = True
+        for door in self.doors.values():
+            door.shut()
+
     # ── devices ─────────────────────────────────────────────────────────────────────────────────
 
     def _device_failed(self, failed: Watched) -> None:
@@ -142,7 +158,7 @@ class Fleet:
         error = failed.error
         assert error is not None
         if self._settings.server.gpu_error_policy == "exit":
-            self.is_draining = True
+            self.refuse()
             for worker in self.workers.values():
                 worker.device_failed(error, for_good=True)
             self.verdict = self.verdict or error
@@ -209,81 +225,15 @@ class Fleet:
             raise NotFound("There is no such worker.", allowed=sorted(self.workers))
         return worker
 
-    def choose(self, model: str) -> Worker:
-        """The READY worker of `model` with the fewest requests.
-
-        Raises ModelNotFound, or ServiceUnavailable whose reason says why none can serve (C12).
-        """
-        workers = self.of_model(model)
-        ready = [worker for worker in workers if worker.state is State.READY]
-        if ready and not self.is_draining:
-            return min(ready, key=lambda worker: worker.in_flight)
-        raise unavailable(model, workers, is_draining=self.is_draining)
-
-    def must_be_ready(self, worker: Worker) -> Worker:
-        """`worker`, when it alone can serve a request. Raises like `choose`."""
-        if worker.state is State.READY and not self.is_draining:
-            return worker
-        raise unavailable(worker.model, [worker], is_draining=self.is_draining)
+    def door(self, model: str) -> Door:
+        """Where requests for a model get a slot. Raises ModelNotFound."""
+        self.of_model(model)
+        return self.doors[model]
 
     @property
     def can_serve(self) -> bool:
-        """At least one model has a READY worker, and hive is not stopping."""
-        ready = any(worker.state is State.READY for worker in self.workers.values())
-        return ready and not self.is_draining
+        """At least one worker would take a request: READY, its breaker not open, hive not stopping."""
+        return any(door.room.open_workers for door in self.doors.values())
 
     def __repr__(self) -> str:
         return f"<Fleet {list(self.workers.values())}>"
-
-
-def unavailable(model: str, workers: list[Worker], *, is_draining: bool) -> HiveError:
-    """Why no worker of a model can take a request now, and when one may (contract, Errors)."""
-    hints = [hint for worker in workers if (hint := worker.ready_in_s) is not None]
-    states = {worker.state for worker in workers}
-    state = str(workers[0].state)
-    if is_draining:
-        return ServiceUnavailable(
-            "hive is stopping and takes no new requests.",
-            reason="draining",
-            retry_after_s=30,
-            model=model,
-        )
-    if hints:
-        return ServiceUnavailable(
-            f"Model {model} is loading.",
-            reason="loading",
-            retry_after_s=min(hints),
-            model=model,
-            state=state,
-        )
-    if states & {State.DRAINING, *ON_THE_WAY}:
-        return ServiceUnavailable(
-            f"Model {model} is draining.",
-            reason="draining",
-            retry_after_s=30,
-            model=model,
-            state=state,
-        )
-    if State.QUARANTINED in states:
-        waiting = next(w for w in workers if w.state is State.QUARANTINED)
-        return GpuQuarantined(
-            f"Model {model} cannot be served: a device that it needs is quarantined.",
-            reason="quarantined",
-            device=", ".join(waiting.plan.devices),
-            model=model,
-        )
-    if states <= {State.STOPPED, State.STOPPING}:
-        return ServiceUnavailable(
-            f"Model {model} is stopped.",
-            reason="worker_stopped",
-            action="An operator can start it with 'hive worker start'.",
-            model=model,
-            state=state,
-        )
-    return ServiceUnavailable(
-        f"Model {model} has failed and is not restarted any more.",
-        reason="worker_failed",
-        action="An operator finds the cause with 'hive worker show' and starts it again.",
-        model=model,
-        state=state,
-    )

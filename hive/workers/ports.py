@@ -10,6 +10,8 @@ class Engine(Protocol):
     """One model's engine, in hive's words. Implementations hold settings, no processes."""
 
     health_path: str
+    has_gauges: bool  # it publishes vLLM's gauges of what runs and waits
+    computing: tuple[str, ...]  # beginnings of the names of the processes that compute, if known
 
     def launch(
         self, place: Place, devices: tuple[str, ...], visible: str | None, total_bytes: int

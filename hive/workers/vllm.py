@@ -100,9 +100,11 @@ class VllmEngine:
     """
 
     health_path = "/health"
+    computing: tuple[str, ...] = VITAL
 
     def __init__(self, name: str, model: Model) -> None:
         self.name, self.model = name, model
+        self.has_gauges = model.running != "none"
 
     def launch(
         self, place: Place, devices: tuple[str, ...], visible: str | None, total_bytes: int

@@ -8,20 +8,10 @@ import asyncio
 import contextlib
 import random
 import time
-from collections.abc import (
-    AsyncIterator,
-    Callable,
-    Coroutine,
-    Iterable,
-    Iterator,
-    Mapping,
-    Sequence,
-)
+from collections.abc import Callable, Coroutine, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
-
-import aiohttp
 
 from hive.devices.watch import Baseline, Devices, Receipt, Watched
 from hive.errors import (
@@ -34,6 +24,7 @@ from hive.errors import (
     LoadingTimeout,
     ResourceLeakDetected,
     WorkerCrashed,
+    WorkerHung,
 )
 from hive.events import (
     Announcer,
@@ -47,12 +38,13 @@ from hive.events import (
 from hive.policy.lifecycle import ON_THE_WAY, News, State, step
 from hive.policy.restarts import RestartPolicy
 from hive.settings import Timeouts
-from hive.workers import guard
-from hive.workers.client import EngineClient, ProbeFailed
+from hive.workers.client import ProbeFailed
 from hive.workers.diagnosis import Cause, Diagnosis, diagnose, last_words
 from hive.workers.ledger import Entry, Ledger
+from hive.workers.life import Life
 from hive.workers.ports import Engine
 from hive.workers.process import Exit, Place, Tree
+from hive.workers.pulse import Pulse
 
 POLL_S = (0.02, 0.5)  # first and longest pause between two looks at a loading engine
 HINT_S = 30.0  # told to clients until a load time was measured
@@ -79,78 +71,6 @@ class WorkerPlan:
     # Whatever else may be wrong before a start, with its GPUs as just read; blocking, raises.
     preflight: Callable[[Sequence[Watched]], None]
     alternatives: tuple[str, ...] = ()  # models that a VRAM error names
-
-
-class EngineOver(Exception):
-    """The engine ended, or is being ended, while it was needed."""
-
-
-class Life:
-    """One start of a worker, from before the process to after the last member's end."""
-
-    def __init__(self, number: int, place: Place, model: str) -> None:
-        self.number = number
-        self.place = place
-        self.began = time.monotonic()
-        self.tree: Tree | None = None
-        self.client = EngineClient(place.socket, model)
-        # The data path's own connections; they end with this life.
-        self.session = aiohttp.ClientSession(
-            # A connection a request: an engine that closes an idle one just then loses nothing.
-            connector=aiohttp.UnixConnector(str(place.socket), limit=0, force_close=True),
-            timeout=aiohttp.ClientTimeout(total=None),
-            auto_decompress=False,
-            skip_auto_headers=("User-Agent", "Accept", "Accept-Encoding", "Content-Type"),
-            cookie_jar=aiohttp.DummyCookieJar(),
-            read_bufsize=256 * 1024,
-        )
-        # Resolved when the engine's end has been heard *and* the worker's state says so.
-        self.over: asyncio.Future[Exit] = asyncio.get_running_loop().create_future()
-        self.was_asked = False  # hive ended it; it did not end by itself
-        self.error: HiveError | None = None  # what its requests are told, where that is known
-        self.baselines: dict[str, Baseline] = {}  # of its devices, before it was started
-        self.entry: Entry | None = None  # in the ledger
-        self.pids: set[int] = set()  # every process that it was ever seen to consist of
-        self._limits: set[asyncio.Timeout] = set()
-
-    async def close(self) -> None:
-        """Interrupt every request (`until_over`), and close the connections."""
-        now = asyncio.get_running_loop().time()
-        for limit in self._limits:
-            limit.reschedule(now)
-        await asyncio.sleep(0)  # they run first: a closed connection would tell them less
-        await self.client.close()
-        await self.session.close()
-
-    @contextlib.asynccontextmanager
-    async def until_over(self) -> AsyncIterator[None]:
-        """Do something with this engine; raises EngineOver at once when the engine's end comes."""
-        limit = asyncio.timeout(None)
-        self._limits.add(limit)
-        try:
-            async with limit:
-                yield
-        except TimeoutError as exc:
-            if limit.expired():
-                raise EngineOver from exc
-            raise
-        finally:
-            self._limits.discard(limit)
-
-    def see_pids(self, everything: Iterable[guard.Process] | None = None) -> set[int]:
-        """The processes that it consists of now; remembered for the account at its end."""
-        if self.tree is None:
-            return set()
-        root = self.tree.guard_pid
-        pids = {root} | {process.pid for process in guard.descendants(root, everything)}
-        self.pids |= pids
-        return pids
-
-    async def over_within(self, seconds: float) -> Exit | None:
-        """How the engine ended, if it ends within `seconds`."""
-        with contextlib.suppress(TimeoutError):
-            return await asyncio.wait_for(asyncio.shield(self.over), seconds)
-        return None
 
 
 @dataclass(slots=True)
@@ -192,7 +112,9 @@ class Worker:
         self.last_exit: str | None = None
         self.last_exit_code: int | None = None
         self.load_s: float | None = None  # the last measured load
-        self.in_flight = 0
+        self.in_flight = 0  # slots held, an abort that is not confirmed included
+        # Called with every change of the state, before anybody else hears of it.
+        self.on_move: Callable[[Worker], None] = lambda _: None
         self.counts = Counts()
         self._new_place = new_place
         self._announcer = announcer
@@ -291,19 +213,19 @@ class Worker:
             await self._moved.wait()
         return self.state
 
-    @contextlib.contextmanager
-    def lease(self) -> Iterator[Life]:
+    def take(self) -> Life:
         """Count one request in; the life that it talks to. Only while READY."""
         assert self.state is State.READY
         assert self.life is not None
         self.in_flight += 1
         self._idle.clear()
-        try:
-            yield self.life
-        finally:
-            self.in_flight -= 1
-            if self.in_flight == 0:
-                self._idle.set()
+        return self.life
+
+    def give_back(self) -> None:
+        """Count it out."""
+        self.in_flight -= 1
+        if self.in_flight == 0:
+            self._idle.set()
 
     @property
     def ready_in_s(self) -> float | None:
@@ -381,6 +303,9 @@ class Worker:
         self.reason, self.since = reason, time.time()
         if new in (State.STARTING, State.READY):
             self.error = None
+        if new is State.READY:
+            self._watch_pulse(tasks)
+        self.on_move(self)
         self._announcer.announce(WorkerMoved(self.id, self.model, old, new, reason))
         self._moved.set()
         previous, self._activity = self._activity, None
@@ -405,6 +330,31 @@ class Worker:
             case State.LOST:
                 return self._waiting_for_the_kernel()
         return None
+
+    def _watch_pulse(self, tasks: asyncio.TaskGroup) -> None:
+        life, timeouts, engine = self.life, self.plan.timeouts, self.plan.engine
+        assert life is not None
+        assert life.tree is not None
+        life.pulse = Pulse(
+            life.client,
+            life.tree.guard_pid,
+            has_gauges=engine.has_gauges,
+            vital=engine.computing,
+            cleanup_s=timeouts.cleanup_s,
+            longest_s=max(timeouts.inference_s, timeouts.stall_s) + timeouts.cleanup_s,
+            hung=lambda why: self._hung(life, why),
+        )
+        tasks.create_task(life.pulse.run(), name=f"pulse:{self.id}")
+
+    def _hung(self, life: Life, why: str) -> None:
+        """The engine is there and does not work: end it, tell its requests, start another one."""
+
+        def condemned() -> None:
+            life.error = WorkerHung(
+                f"Worker {self.id} hangs: {why}.", worker=self.id, model=self.model
+            )
+
+        self._inbox.put_nowait(Message(News.HUNG, life, f"hung: {why}", before=condemned))
 
     # ── what each state does ────────────────────────────────────────────────────────────────────
 
@@ -507,7 +457,7 @@ class Worker:
             # were complete. Closed here, each request learns that it was cut off, and why.
             life.was_asked = not life.over.done()
             if life.was_asked:
-                life.error = self._fault
+                life.error = self._fault or life.error
                 life.over.set_result(Exit())
             await life.close()
             if life.baselines:
@@ -620,7 +570,9 @@ class Worker:
             self.error = life.error = self._device_error()
 
         def tell() -> None:
-            cause = "asked" if asked else exit_.cause
+            cause = exit_.cause
+            if asked:
+                cause = "hung" if isinstance(life.error, WorkerHung) else "asked"
             self._announcer.announce(
                 WorkerExited(self.id, self.model, cause, str(exit_), asked=asked)
             )

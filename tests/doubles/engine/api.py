@@ -167,6 +167,11 @@ class Api:
             self._leaked.append(os.open("/dev/null", os.O_RDONLY | os.O_CLOEXEC))
         if faults.cuda_error is not None and seen.number > faults.cuda_error:
             self.host.die("cuda", [])
+        if faults.hang_up:
+            self.knobs.hang_up -= 1
+            self._refused(seen, None)
+            connection.hang_up()
+            return
         if faults.malformed:
             self._refused(seen, None)
             connection.write(_malformed(faults.malformed))

@@ -79,6 +79,7 @@ class Knobs:
     silent: bool = knob(False, "inference is never answered, not even with a head")
     stop_after: int | None = knob(None, "no token after the Nth; the connection stays open")
     malformed: str = knob("", "break the answer to inference in this way", MALFORMED)
+    hang_up: int = knob(0, "close the connection to the next N inference requests, unanswered")
     early_answer: str = knob(
         "", "answer inference with 413 before its body was read, then close or read on", EARLY
     )

@@ -63,7 +63,7 @@ class Generation:
         """Tokens in the KV cache; they grow in the prefill, which makes no other progress."""
         if self.started is None:
             return 0.0
-        if self.generated or self.is_over:
+        if self.generated:
             return self.prompt_tokens + self.generated * self.parts
         if self._hangs():
             return 0.0

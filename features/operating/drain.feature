@@ -1,0 +1,30 @@
+@double
+Feature: Draining
+  Before a host is taken away its clients go elsewhere, and what runs may finish.
+
+  Rule: POST /hive/v1/drain is a clean stop
+
+    Scenario: With a request that runs
+      Given an engine that takes 20 ms for each token
+      And hive is serving
+      And a chat is streaming
+      When a client sends "POST" to "/hive/v1/drain"
+      Then the answer is 202
+      And hive is not ready, and says that it drains
+      And 16 tokens arrive, all of them and in order
+      And hive ends within 5 seconds with exit code 0
+
+  Rule: One worker can be drained alone
+
+    Scenario: The others serve on
+      Given an engine that takes 20 ms for each token
+      And a second model, "other", with an engine that behaves
+      And hive is serving
+      And a chat is streaming
+      When a client sends "POST" to "/hive/v1/workers/llama-0/drain"
+      And a client asks for a chat
+      Then it is refused with 503 SERVICE_UNAVAILABLE
+      And the reason is "draining"
+      And 16 tokens arrive, all of them and in order
+      And the worker comes to rest, stopped
+      And a client can chat with "other"

@@ -1,0 +1,373 @@
+"""A model's door: who gets a slot of which worker, who waits, and who is told to come back.
+
+Decided before anything is forwarded (R056). The decisions are policy/admission and policy/breaker;
+here are their clock, their waiting tasks and their errors.
+"""
+
+import asyncio
+import random
+import time
+from collections.abc import Callable, Iterable
+from typing import Any
+
+from hive.errors import CircuitBreakerOpen, GpuQuarantined, HiveError, ServiceUnavailable
+from hive.events import Announcer, BreakerMoved, HintJudged, RequestAborted, RequestRefused
+from hive.policy.admission import Full, Room, Ticket
+from hive.policy.breaker import Breaker, BreakerState
+from hive.policy.lifecycle import ON_THE_WAY, State
+from hive.settings import Breaker as BreakerSettings
+from hive.workers.worker import Worker
+
+DRAINING_HINT_S = 30.0
+
+
+class Permit:
+    """A slot of a worker, held until it is closed; closing it again does nothing.
+
+    `weight` is how many requests of the engine's own it stands for: `n`, and lists of prompts.
+    """
+
+    def __init__(self, door: "Door", ticket: Ticket, worker: Worker, *, is_probe: bool) -> None:
+        self.door, self.ticket, self.worker = door, ticket, worker
+        self.life = worker.take()
+        self.is_probe = is_probe
+        self._weight = 0
+        self._is_closed = self._is_judged = False
+
+    def began(self, weight: int) -> None:
+        """The request is on its way to the engine."""
+        self._weight = weight
+        if self.life.pulse is not None:
+            self.life.pulse.began(weight)
+
+    def finished(self) -> None:
+        """The engine's answer came to its end, or nothing was sent: the slot is free."""
+        if self._weight and self.life.pulse is not None:
+            self.life.pulse.ended(self._weight)
+        self._close()
+
+    def aborted(self, request_id: str) -> None:
+        """Its connection was closed before; the slot is free when the engine has stopped, too."""
+        if self._is_closed:
+            return
+        began = time.monotonic()
+
+        def done(confirmed: str) -> None:
+            self.door.announcer.announce(
+                RequestAborted(
+                    request_id,
+                    self.door.model,
+                    self.worker.id,
+                    confirmed,
+                    time.monotonic() - began,
+                )
+            )
+            self._close()
+
+        if self._weight and self.life.pulse is not None:
+            self.life.pulse.aborted(self._weight, done)
+        else:
+            self._close()
+
+    def judge(self, *, fault: bool | None) -> None:
+        """What the attempt says of the worker, once; None is nothing."""
+        if not self._is_judged:
+            self._is_judged = True
+            self.door.judge(self.worker, fault=fault, is_probe=self.is_probe)
+
+    def _close(self) -> None:
+        if not self._is_closed:
+            self._is_closed = True
+            self.judge(fault=None)
+            self.worker.give_back()
+            self.door.freed(self.ticket)
+
+    def __repr__(self) -> str:
+        return f"<Permit {self.worker.id}{' closed' if self._is_closed else ''}>"
+
+
+class Door:
+    """Of one model: its workers' slots, its waiting room and its workers' breakers."""
+
+    def __init__(
+        self,
+        model: str,
+        workers: Iterable[Worker],
+        slots: int,
+        depth: int,
+        breaker: BreakerSettings,
+        announcer: Announcer,
+        chance: Callable[[], float] = random.random,
+    ) -> None:
+        self.model = model
+        self.workers = {worker.id: worker for worker in workers}
+        self.announcer = announcer
+        self.is_draining = False
+        self.room = Room(self.workers, slots, depth)
+        self._chance = chance
+        self.breakers = {
+            worker: Breaker(breaker.failures, breaker.cooldown_s) for worker in self.workers
+        }
+        self._futures: dict[Ticket, asyncio.Future[Permit]] = {}
+        self._cooling: dict[str, asyncio.TimerHandle] = {}
+        for worker in self.workers.values():
+            worker.on_move = self.worker_moved
+
+    @property
+    def in_flight(self) -> int:
+        """Slots held, those of aborts that are not confirmed included."""
+        return sum(worker.in_flight for worker in self.workers.values())
+
+    @property
+    def waiting(self) -> int:
+        return self.room.waiting_count
+
+    def serves(self, worker: Worker) -> bool:
+        """Whether the worker would take a request, when it has a slot."""
+        return worker.id in self.room.open_workers
+
+    def view(self, worker: Worker) -> dict[str, Any]:
+        """What operators see of a worker's door; `waiting` is for all workers of the model."""
+        breaker = self.breakers[worker.id]
+        return {
+            "slots": self.room.slots,
+            "waiting": self.waiting,
+            "breaker": {
+                "state": str(breaker.state),
+                "failures": breaker.count,
+                "retry_in_seconds": round(breaker.retry_in_s(time.monotonic()), 3),
+            },
+        }
+
+    async def admit(self, ticket: Ticket) -> Permit:
+        """A slot, at once or after waiting for it; whoever waits may be cancelled at any time.
+
+        Raises ServiceUnavailable whose reason says why not (C12), CircuitBreakerOpen or
+        GpuQuarantined.
+        """
+        if not self.room.can_serve(ticket):
+            raise self._told(self._why_not(ticket))
+        try:
+            is_in = self.room.arrive(ticket, time.monotonic(), self._chance())
+        except Full as full:
+            raise self._told(self._no_place(full)) from None
+        if is_in:
+            return self._permit(ticket)
+        future = self._futures[ticket] = asyncio.get_running_loop().create_future()
+        try:
+            permit: Permit = await future
+        except BaseException:
+            if future.done() and not future.cancelled() and future.exception() is None:
+                future.result().finished()  # let in just as it left
+            elif self._futures.pop(ticket, None) is not None:
+                self.room.leave(ticket, time.monotonic())
+                self._tell_of_hints()
+            raise
+        return permit
+
+    def shut(self) -> None:
+        """hive is stopping: nobody goes in any more, and whoever waits is told."""
+        self.is_draining = True
+        self._turn_away(self.room.shut())
+        for timer in self._cooling.values():
+            timer.cancel()
+        self._cooling.clear()
+
+    # ── workers ─────────────────────────────────────────────────────────────────────────────────
+
+    def worker_moved(self, worker: Worker) -> None:
+        """Follow a worker's state; a new process is a new start for its breaker."""
+        if worker.state is State.READY and not self.is_draining:
+            breaker = self.breakers[worker.id]
+            if breaker.state is not BreakerState.CLOSED:
+                self._breaker_moved(worker, breaker.reset)
+            breaker.reset()
+            self._stop_cooling(worker)
+            self._let_in(self.room.open(worker.id, time.monotonic()))
+        else:
+            self._stop_cooling(worker)
+            self._turn_away(self.room.close(worker.id))
+
+    def judge(self, worker: Worker, *, fault: bool | None, is_probe: bool) -> None:
+        """Note how an attempt ended: a fault, a success (False), or neither (None)."""
+        breaker, now = self.breakers[worker.id], time.monotonic()
+        if fault is None:
+            breaker.left(probe=is_probe)
+            if is_probe and worker.state is State.READY:
+                self._half_open(worker)
+        elif fault:
+            if self._breaker_moved(worker, lambda: breaker.failed(now, probe=is_probe)):
+                self._turn_away(self.room.close(worker.id))
+                self._stop_cooling(worker)
+                self._cooling[worker.id] = asyncio.get_running_loop().call_later(
+                    breaker.cooldown_s, self._half_open, worker
+                )
+        else:
+            has_closed = self._breaker_moved(worker, lambda: breaker.succeeded(probe=is_probe))
+            if has_closed and worker.state is State.READY and not self.is_draining:
+                self._let_in(self.room.open(worker.id, now))
+
+    def _half_open(self, worker: Worker) -> None:
+        self._cooling.pop(worker.id, None)
+        if worker.state is State.READY and not self.is_draining:
+            self._let_in(self.room.open_once(worker.id, time.monotonic()))
+
+    def _stop_cooling(self, worker: Worker) -> None:
+        if timer := self._cooling.pop(worker.id, None):
+            timer.cancel()
+
+    def _breaker_moved(self, worker: Worker, change: Callable[[], object]) -> bool:
+        breaker = self.breakers[worker.id]
+        old = breaker.state
+        change()
+        if breaker.state is old:
+            return False
+        self.announcer.announce(
+            BreakerMoved(self.model, worker.id, str(old), str(breaker.state), breaker.count)
+        )
+        return True
+
+    # ── inside ──────────────────────────────────────────────────────────────────────────────────
+
+    def freed(self, ticket: Ticket) -> None:
+        """A permit was closed: let the next one in."""
+        self._let_in(self.room.release(ticket, time.monotonic()))
+        self._tell_of_hints()
+
+    def _permit(self, ticket: Ticket) -> Permit:
+        assert ticket.worker is not None
+        worker = self.workers[ticket.worker]
+        breaker, is_probe = self.breakers[worker.id], False
+
+        def go() -> None:
+            nonlocal is_probe
+            is_probe = breaker.began(time.monotonic())
+
+        self._breaker_moved(worker, go)
+        return Permit(self, ticket, worker, is_probe=is_probe)
+
+    def _let_in(self, tickets: Iterable[Ticket]) -> None:
+        for ticket in tickets:
+            self._futures.pop(ticket).set_result(self._permit(ticket))
+
+    def _turn_away(self, tickets: Iterable[Ticket]) -> None:
+        for ticket in tickets:
+            self._futures.pop(ticket).set_exception(self._told(self._why_not(ticket)))
+
+    def _told(self, error: HiveError) -> HiveError:
+        reason = error.details.get("reason") or error.code.lower()
+        self.announcer.announce(RequestRefused(self.model, str(reason)))
+        return error
+
+    def _tell_of_hints(self) -> None:
+        errors, self.room.hint_errors = self.room.hint_errors, []
+        for error_s in errors:
+            self.announcer.announce(HintJudged(self.model, error_s))
+
+    def _no_place(self, full: Full) -> HiveError:
+        """R057: the body says how much there is, and how much of it is in use."""
+        slots = self.room.slots * max(1, len(self.room.open_workers))
+        return ServiceUnavailable(
+            "Worker at maximum capacity",
+            reason=full.reason,
+            retry_after_s=full.hint_s,
+            model=self.model,
+            current_requests=self.in_flight,
+            max_concurrent=slots,
+            resource_info={
+                "slots_total": slots,
+                "slots_busy": self.in_flight,
+                "waiting": self.waiting,
+                "queue_depth": self.room.depth,
+            },
+        )
+
+    def queue_timeout(self, seconds: float) -> HiveError:
+        """For a request that waited for a slot as long as it may."""
+        return self._told(
+            ServiceUnavailable(
+                f"No slot of model {self.model} became free within {seconds:g} s.",
+                reason="queue_timeout",
+                retry_after_s=self.room.hint_s(self._chance()),
+                phase="queue",
+                timeout_seconds=seconds,
+                model=self.model,
+            )
+        )
+
+    def _why_not(self, ticket: Ticket) -> HiveError:
+        """Why no worker can serve it now, and when one may."""
+        workers = list(self.workers.values())
+        if ticket.pinned is not None:
+            workers = [self.workers[ticket.pinned]]
+        ready = [worker for worker in workers if worker.state is State.READY]
+        if ready and not self.is_draining:
+            now = time.monotonic()
+            first = min((self.breakers[w.id] for w in ready), key=lambda b: b.retry_in_s(now))
+            return CircuitBreakerOpen(
+                f"Model {self.model} failed {first.count} times in a row and is not asked for a "
+                "while.",
+                retry_after_s=max(first.retry_in_s(now), 1.0),
+                failure_count=first.count,
+                failure_threshold=first.failures,
+                cooldown_seconds=first.cooldown_s,
+                state=str(first.state),
+                model=self.model,
+            )
+        return unavailable(self.model, workers, is_draining=self.is_draining)
+
+    def __repr__(self) -> str:
+        return f"<Door {self.model} {self.in_flight} in, {self.waiting} waiting>"
+
+
+def unavailable(model: str, workers: list[Worker], *, is_draining: bool) -> HiveError:
+    """Why no worker of a model can take a request now, and when one may (contract, Errors)."""
+    hints = [hint for worker in workers if (hint := worker.ready_in_s) is not None]
+    states = {worker.state for worker in workers}
+    state = str(workers[0].state)
+    if is_draining:
+        return ServiceUnavailable(
+            "hive is stopping and takes no new requests.",
+            reason="draining",
+            retry_after_s=DRAINING_HINT_S,
+            model=model,
+        )
+    if hints:
+        return ServiceUnavailable(
+            f"Model {model} is loading.",
+            reason="loading",
+            retry_after_s=min(hints),
+            model=model,
+            state=state,
+        )
+    if states & {State.DRAINING, *ON_THE_WAY}:
+        return ServiceUnavailable(
+            f"Model {model} is draining.",
+            reason="draining",
+            retry_after_s=DRAINING_HINT_S,
+            model=model,
+            state=state,
+        )
+    if State.QUARANTINED in states:
+        waiting = next(w for w in workers if w.state is State.QUARANTINED)
+        return GpuQuarantined(
+            f"Model {model} cannot be served: a device that it needs is quarantined.",
+            reason="quarantined",
+            device=", ".join(waiting.plan.devices),
+            model=model,
+        )
+    if states <= {State.STOPPED, State.STOPPING}:
+        return ServiceUnavailable(
+            f"Model {model} is stopped.",
+            reason="worker_stopped",
+            action="An operator can start it with 'hive worker start'.",
+            model=model,
+            state=state,
+        )
+    return ServiceUnavailable(
+        f"Model {model} has failed and is not restarted any more.",
+        reason="worker_failed",
+        action="An operator finds the cause with 'hive worker show' and starts it again.",
+        model=model,
+        state=state,
+    )

@@ -1,0 +1,90 @@
+"""One start of a worker: its process tree, its connections, and the requests that use it."""
+
+import asyncio
+import contextlib
+import time
+from collections.abc import AsyncIterator, Iterable
+
+import aiohttp
+
+from hive.devices.watch import Baseline
+from hive.errors import HiveError
+from hive.workers import guard
+from hive.workers.client import EngineClient
+from hive.workers.interrupt import Interrupt
+from hive.workers.ledger import Entry
+from hive.workers.process import Exit, Place, Tree
+from hive.workers.pulse import Pulse
+
+
+class EngineOver(Exception):
+    """The engine ended, or is being ended, while it was needed."""
+
+
+class Life:
+    """One start of a worker, from before the process to after the last member's end."""
+
+    def __init__(self, number: int, place: Place, model: str) -> None:
+        self.number = number
+        self.place = place
+        self.began = time.monotonic()
+        self.tree: Tree | None = None
+        self.client = EngineClient(place.socket, model)
+        # The data path's own connections; they end with this life.
+        self.session = aiohttp.ClientSession(
+            # A connection a request: an engine that closes an idle one just then loses nothing.
+            connector=aiohttp.UnixConnector(str(place.socket), limit=0, force_close=True),
+            timeout=aiohttp.ClientTimeout(total=None),
+            auto_decompress=False,
+            skip_auto_headers=("User-Agent", "Accept", "Accept-Encoding", "Content-Type"),
+            cookie_jar=aiohttp.DummyCookieJar(),
+            read_bufsize=256 * 1024,
+        )
+        # Resolved when the engine's end has been heard *and* the worker's state says so.
+        self.over: asyncio.Future[Exit] = asyncio.get_running_loop().create_future()
+        self.was_asked = False  # hive ended it; it did not end by itself
+        self.error: HiveError | None = None  # what its requests are told, where that is known
+        self.baselines: dict[str, Baseline] = {}  # of its devices, before it was started
+        self.entry: Entry | None = None  # in the ledger
+        self.pids: set[int] = set()  # every process that it was ever seen to consist of
+        self.pulse: Pulse | None = None  # from READY on
+        self._interrupts: set[Interrupt] = set()
+
+    async def close(self) -> None:
+        """Interrupt every request (`until_over`), and close the connections."""
+        for interrupt in self._interrupts:
+            interrupt.end(EngineOver())
+        if self.pulse is not None:
+            self.pulse.stop()
+        await asyncio.sleep(0)  # they run first: a closed connection would tell them less
+        await self.client.close()
+        await self.session.close()
+
+    @contextlib.asynccontextmanager
+    async def until_over(self) -> AsyncIterator[None]:
+        """Do something with this engine; raises EngineOver at once when the engine's end comes."""
+        interrupt = Interrupt()
+        self._interrupts.add(interrupt)
+        try:
+            async with interrupt:
+                yield
+        finally:
+            self._interrupts.discard(interrupt)
+
+    def see_pids(self, everything: Iterable[guard.Process] | None = None) -> set[int]:
+        """The processes that it consists of now; remembered for the account at its end."""
+        if self.tree is None:
+            return set()
+        root = self.tree.guard_pid
+        pids = {root} | {process.pid for process in guard.descendants(root, everything)}
+        self.pids |= pids
+        return pids
+
+    async def over_within(self, seconds: float) -> Exit | None:
+        """How the engine ended, if it ends within `seconds`."""
+        with contextlib.suppress(TimeoutError):
+            return await asyncio.wait_for(asyncio.shield(self.over), seconds)
+        return None
+
+    def __repr__(self) -> str:
+        return f"<Life {self.number} of {self.place.mark}>"

@@ -1,0 +1,240 @@
+"""An engine's pulse: whether it gets on with its work, and when what was aborted has ended there.
+
+Nothing is asked while the engine is idle. While requests run and bytes come from it, nothing is
+asked either. One poller a worker, at most ten samples a second, only while an abort is open or
+nothing has come for a while (design, Cancellation and Progress; R050).
+"""
+
+import asyncio
+import contextlib
+import os
+import re
+import time
+from collections.abc import Callable, Collection, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from hive.policy.progress import Progress, Signs, abort_is_lost, work_is_lost
+from hive.workers import guard
+from hive.workers.client import EngineClient, ProbeFailed
+
+FIRST_S = 0.02  # from an abort to the first sample: engines act after their current step
+ABORT_S = 0.1  # between two samples while an abort is open
+WATCH_S = 1.0  # between two looks while requests run
+SAMPLE_S = 2.0  # for an answer to a sample
+MEMBERS_S = 5.0  # how long the list of the tree's processes is believed
+_TICKS = os.sysconf("SC_CLK_TCK")
+_GAUGE = re.compile(
+    r"^vllm:(num_requests_running|num_requests_waiting|kv_cache_usage_perc|prompt_tokens_total|"
+    r"generation_tokens_total)(?:\{[^}]*\})? ([0-9.eE+-]+)$",
+    re.MULTILINE,
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """The engine's own counts: requests that run or wait there, and what moves while they do."""
+
+    requests: int
+    counters: tuple[float, ...]
+
+
+def read_sample(text: str) -> Sample | None:
+    """From Prometheus' text; None where the engine publishes no such gauges."""
+    found: dict[str, float] = {}
+    for name, value in _GAUGE.findall(text):
+        with contextlib.suppress(ValueError):
+            found[name] = found.get(name, 0.0) + float(value)
+    if "num_requests_running" not in found:
+        return None
+    requests = found.pop("num_requests_running") + found.pop("num_requests_waiting", 0.0)
+    return Sample(round(requests), tuple(found[name] for name in sorted(found)))
+
+
+@dataclass(slots=True, eq=False)
+class Abort:
+    """A request whose connection was closed; `done` hears yes or unknown, once."""
+
+    asked_at: float
+    weight: int
+    done: Callable[[str], None]
+
+
+class Pulse:
+    """Of one life of a worker. Times are monotonic seconds; `weight` counts engine requests."""
+
+    def __init__(
+        self,
+        client: EngineClient,
+        root: int,
+        *,
+        has_gauges: bool,
+        vital: Collection[str],
+        cleanup_s: float,
+        longest_s: float,
+        hung: Callable[[str], None],
+    ) -> None:
+        """`root` is the guard's pid; `vital` are beginnings of the names of what computes.
+
+        `hung` hears why, once: an abort was not confirmed in `cleanup_s` and nothing moved, or
+        work ran and nothing moved for `longest_s`.
+        """
+        self._client, self._root = client, root
+        self._has_gauges, self._vital = has_gauges, tuple(vital)
+        self._cleanup_s, self._longest_s = cleanup_s, longest_s
+        self._hung = hung
+        self.open_weight = 0  # of requests that hive has open there
+        self.relayed = 0  # bytes of answers that came
+        self._least = 0  # of open_weight while a sample is under way
+        self._busy_since = 0.0
+        self._aborts: list[Abort] = []
+        self._progress = Progress(time.monotonic())
+        self._seen_relayed = 0
+        self._members: tuple[int, ...] = ()
+        self._members_at = -MEMBERS_S
+        self._counters: tuple[float, ...] | None = None
+        self._cpu_s, self._is_stopped = 0.0, False
+        self._stirred = asyncio.Event()
+        self._is_over = self._is_told = False
+
+    # ── what requests tell ──────────────────────────────────────────────────────────────────────
+
+    def began(self, weight: int) -> None:
+        """A request of so many engine requests is sent."""
+        if self.open_weight == 0:
+            self._busy_since = time.monotonic()
+            self._stirred.set()
+        self.open_weight += weight
+
+    def ended(self, weight: int) -> None:
+        """Its answer came to its end."""
+        self.open_weight -= weight
+        self._least = min(self._least, self.open_weight)
+
+    def aborted(self, weight: int, done: Callable[[str], None]) -> None:
+        """Its connection was closed before; `done` hears when the engine has ended it, too."""
+        self.ended(weight)
+        if self._is_over:
+            done("yes")
+        elif not self._has_gauges:
+            done("unknown")
+        else:
+            self._aborts.append(Abort(time.monotonic(), weight, done))
+            self._stirred.set()
+
+    def stop(self) -> None:
+        """The engine is ending: nothing runs there any more."""
+        self._is_over = True
+        self._stirred.set()
+        aborts, self._aborts = self._aborts, []
+        for abort in aborts:
+            abort.done("yes")
+
+    # ── the poller ──────────────────────────────────────────────────────────────────────────────
+
+    async def run(self) -> None:
+        """Until `stop`."""
+        looked_at = sampled_at = 0.0
+        while not self._is_over:
+            self._stirred.clear()
+            if not self._aborts and not self.open_weight:
+                await self._stirred.wait()
+                looked_at = time.monotonic()
+                continue
+            due = looked_at + WATCH_S
+            if self._aborts:
+                due = min(due, max(sampled_at + ABORT_S, self._aborts[0].asked_at + FIRST_S))
+            if (left := due - time.monotonic()) > 0:
+                with contextlib.suppress(TimeoutError):
+                    await asyncio.wait_for(self._stirred.wait(), left)
+                continue
+            looked_at = time.monotonic()
+            sampled_at = looked_at if self._aborts else sampled_at
+            await self._look()
+            self._judge()
+
+    async def _look(self) -> None:
+        is_silent = self.relayed == self._seen_relayed
+        self._seen_relayed = self.relayed
+        if self._has_gauges and (self._aborts or is_silent):
+            asked_at, self._least = time.monotonic(), self.open_weight
+            sample = await self._sample()
+            if sample is not None:
+                self._counters = sample.counters
+                self._confirm(sample.requests, asked_at)
+        if is_silent:
+            await self._find_members()
+            self._cpu_s, self._is_stopped = cpu_of(self._members)
+        signs = Signs(self._counters, self._cpu_s, self.relayed, self._is_stopped)
+        self._progress.see(signs, time.monotonic())
+
+    async def _sample(self) -> Sample | None:
+        try:
+            async with asyncio.timeout(SAMPLE_S):
+                status, text = await self._client.ask("GET", "/metrics")
+        except (TimeoutError, ProbeFailed):
+            return None
+        sample = read_sample(text.decode(errors="replace"))
+        if sample is None and status == 200:  # noqa: PLR2004
+            self._has_gauges = False  # it answers and has none: closed connections count
+            aborts, self._aborts = self._aborts, []
+            for abort in aborts:
+                abort.done("unknown")
+        return sample
+
+    def _confirm(self, running: int, asked_at: float) -> None:
+        """Of the aborts before `asked_at`, oldest first, as many as the count leaves no room for.
+
+        What the engine runs beyond hive's open requests can only be aborted ones; which of them it
+        does not tell, and it acts in order.
+        """
+        excess = max(0, running - self._least)
+        pending = sum(abort.weight for abort in self._aborts)
+        while self._aborts and self._aborts[0].asked_at < asked_at:
+            pending -= self._aborts[0].weight
+            if pending < excess:
+                return
+            self._aborts.pop(0).done("yes")
+
+    def _judge(self) -> None:
+        if self._is_over or self._is_told:
+            return
+        now, progress = time.monotonic(), self._progress
+        asked_at = self._aborts[0].asked_at if self._aborts else now
+        if self._aborts and abort_is_lost(asked_at, progress, now, self._cleanup_s):
+            why = f"it did not end a cancelled request within {self._cleanup_s:g} s"
+        elif self.open_weight and work_is_lost(progress, self._busy_since, now, self._longest_s):
+            why = f"it has requests and made no progress for {self._longest_s:g} s"
+        else:
+            return
+        self._is_told = True
+        self._hung(why)
+
+    # ── processes ───────────────────────────────────────────────────────────────────────────────
+
+    async def _find_members(self) -> None:
+        """The processes of the tree that compute; looked for from time to time."""
+        if time.monotonic() - self._members_at < MEMBERS_S:
+            return
+        self._members_at = time.monotonic()
+        members = await asyncio.to_thread(guard.descendants, self._root)
+        if self._vital:
+            members = [p for p in members if p.name.startswith(self._vital)]
+        elif self._has_gauges:
+            members = []  # answering samples takes time, too
+        self._members = tuple(process.pid for process in members)
+
+    def __repr__(self) -> str:
+        return f"<Pulse {self.open_weight} open, {len(self._aborts)} aborted>"
+
+
+def cpu_of(pids: Iterable[int]) -> tuple[float, bool]:
+    """Seconds of CPU time that processes have had, and whether one of them is stopped."""
+    seconds, is_stopped = 0.0, False
+    for pid in pids:
+        with contextlib.suppress(OSError, IndexError, ValueError):
+            after_name = Path(f"/proc/{pid}/stat").read_text(errors="replace").rpartition(")")[2]
+            state, *numbers = after_name.split()
+            seconds += (int(numbers[10]) + int(numbers[11])) / _TICKS
+            is_stopped = is_stopped or state in "Tt"
+    return seconds, is_stopped
