@@ -38,15 +38,19 @@ check: $(STAMP)
 docs: $(STAMP)
 	$(BIN)/python docs/generate.py
 
+# Every benchmark: a table each, with what it is compared with; three minutes.
 bench: $(STAMP)
 	$(BIN)/python -m benchmarks
 
-# Many times over what `make test` does once; minutes, bounded, with a printed seed.
-soak: $(STAMP)
-	$(BIN)/python -m pytest -s steps/test_kills.py --soak
+# Many times over what `make test` does once, on doubles and on the real vLLM: half an hour, an hour
+# at most. Each test prints its seed, and says in its file how to repeat it or let it run longer.
+soak: model
+	$(BIN)/python -m pytest steps/test_kills.py steps/test_soak.py steps/test_real_kills.py \
+	  --soak -s --session-timeout=3600
 
+# What only a GPU can show; HIVE_GPU_PYTHON names a Python with torch for CUDA (docs/gpu.md).
 test-gpu: $(STAMP)
-	$(BIN)/python -m pytest -m gpu
+	$(BIN)/python -m pytest -m gpu --timeout=600
 
 clean:
 	rm -rf $(VENV) $(DEMO) build *.egg-info

@@ -15,6 +15,7 @@ pytest_plugins = [
     "steps.workers",
     "steps.engines",
     "steps.devices",
+    "steps.gpu",
     "steps.leftovers",
     "steps.requests",
     "steps.admission",

@@ -44,7 +44,7 @@ def real_hive() -> Iterator[Hive]:
     hive = Hive(home)
     hive.sections["server"] = {"drain_s": 5}
     hive.sections["timeouts"] = {"load_s": 170}
-    hive.sections["restarts"] = {"backoff_s": 0.1, "starts": 20}
+    hive.sections["restarts"] = {"backoff_s": 0.1, "backoff_max_s": 1, "starts": 20}
     hive.model(
         "m",
         engine="vllm",

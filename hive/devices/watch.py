@@ -65,6 +65,7 @@ class Watched:
     killed_at: float = float("-inf")  # hive's own last kill there
     pids_are_visible: bool | None = None  # None: no engine of ours was there yet
     hears_events: bool | None = None  # None: not tried yet
+    look_now: asyncio.Event = field(default_factory=asyncio.Event)  # before its turn
     xids: deque[tuple[float, int]] = field(default_factory=lambda: deque(maxlen=XIDS_KEPT))
     known_pids: frozenset[int] = frozenset()  # there at the last look, hive's own or not
 
@@ -360,6 +361,8 @@ class Devices:
                 stop.wait(self._poll_s)
 
     def _deaf(self, watched: Watched, error: HiveError) -> None:
+        if isinstance(error, DeviceLost):
+            watched.look_now.set()  # waiting for events tells it first
         if watched.hears_events is not False:
             watched.hears_events = False
             log.warning(
@@ -392,8 +395,10 @@ class Devices:
 
     async def _poll(self, watched: Watched) -> None:
         while True:
+            watched.look_now.clear()
             await self._look(watched)
-            await asyncio.sleep(self._poll_s)
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(watched.look_now.wait(), self._poll_s)
 
     async def _read(self, watched: Watched) -> Reading:
         """A fresh reading; a device that cannot be read has failed. Raises CudaDeviceFailed."""

@@ -17,6 +17,7 @@ pytestmark = pytest.mark.gpu
 TOP = Path(__file__).parents[2]
 LOOK = """
 import json
+import threading
 from dataclasses import asdict
 from hive.devices import nvml
 from hive.errors import CudaDriverMissing, HiveError
@@ -33,7 +34,16 @@ try:
     nvml.resolve(driver, [beyond])
 except HiveError as exc:
     refusal = [exc.code, exc.message]
+heard = {}
+for device in devices:
+    listening = driver.xids(device.uuid, threading.Event())
+    try:
+        heard[device.id] = next(listening)
+    except HiveError as exc:
+        heard[device.id] = exc.message
+    listening.close()
 print(json.dumps({
+    "heard": heard,
     "devices": [asdict(device) for device in devices],
     "resolved": {name: device.uuid for name, device in nvml.resolve(driver, names).items()},
     "readings": [asdict(driver.read(device.uuid)) for device in devices],
@@ -81,3 +91,9 @@ def test_a_device_can_be_read(seen: dict[str, Any]) -> None:
         assert reading["total"] > 2**30
         assert 0 < reading["free"] <= reading["total"]
         assert 0 < reading["temperature_c"] < 110
+
+
+def test_xid_events_are_listened_to_or_the_driver_says_why_not(seen: dict[str, Any]) -> None:
+    assert seen["heard"].keys() == {f"cuda:{device['index']}" for device in seen["devices"]}
+    for said in seen["heard"].values():  # None: it listened for a while, and none came
+        assert said is None or "refuses to tell Xid events" in said, said

@@ -61,13 +61,18 @@ def answers(home: Path) -> bool:
 
 
 def ask(home: Path, method: str, path: str, **body: Any) -> tuple[int, Any]:
+    status, content = ask_raw(home, method, path, **body)
+    return status, json.loads(content)
+
+
+def ask_raw(home: Path, method: str, path: str, **body: Any) -> tuple[int, bytes]:
     connection = http.client.HTTPConnection("engine", timeout=START_S)
     connection.sock = socket.socket(socket.AF_UNIX)
     try:
         connection.sock.connect(str(home / "s"))
         connection.request(method, path, json.dumps(body))
         answer = connection.getresponse()
-        return answer.status, json.loads(answer.read())
+        return answer.status, answer.read()
     finally:
         connection.close()
 
@@ -75,9 +80,15 @@ def ask(home: Path, method: str, path: str, **body: Any) -> tuple[int, Any]:
 def test_it_serves_and_dies_of_what_torch_raises_and_its_child_lives_on(
     home: Path, engine: "subprocess.Popen[bytes]"
 ) -> None:
-    status, completion = ask(home, "POST", "/v1/completions", model="m", prompt="a")
+    status, completion = ask(home, "POST", "/v1/completions", model="m", max_tokens=1)
     assert status == 200
     assert (completion["model"], completion["choices"][0]["text"]) == ("m", " 256")
+
+    status, streamed = ask_raw(home, "POST", "/v1/chat/completions", stream=True, max_tokens=3)
+    *tokens, end, rest = streamed.decode().split("\n\n")
+    said = [json.loads(token.removeprefix("data: "))["choices"][0]["delta"] for token in tokens]
+    assert [delta["content"] for delta in said] == [" 256"] * 3
+    assert (status, end, rest) == (200, "data: [DONE]", "")
 
     assert ask(home, "POST", "/v1/hog", gib=0.01) == (200, {})
     status, refusal = ask(home, "POST", "/oom")
@@ -101,6 +112,32 @@ def test_it_serves_and_dies_of_what_torch_raises_and_its_child_lives_on(
     assert orphan
     assert (orphan.start, orphan.state) == (child.start, "S")
     os.kill(child.pid, signal.SIGKILL)  # the leak gate sees to it that it is gone
+
+
+def test_one_that_only_holds_says_so_and_serves_nothing() -> None:
+    flags = ["--hold-only", "--hold-gib", "0.01", "--device", "cpu"]
+    process = subprocess.Popen([torch_python(), "-P", PROGRAM, *flags], stdout=subprocess.PIPE)
+    try:
+        assert process.stdout
+        assert process.stdout.readline() == b"holding\n"
+        process.terminate()
+        assert process.wait(START_S) == -signal.SIGTERM
+    finally:
+        process.kill()
+        process.communicate()
+
+
+def test_it_must_be_told_where_to_listen() -> None:
+    done = subprocess.run(
+        [torch_python(), "-P", PROGRAM, "--device", "cpu"],
+        stderr=subprocess.PIPE,
+        text=True,
+        timeout=START_S,
+        check=False,
+    )
+
+    assert done.returncode == 2
+    assert "--uds or --hold-only is needed" in done.stderr
 
 
 def test_without_being_told_it_does_not_compute_on_the_cpu(home: Path) -> None:
