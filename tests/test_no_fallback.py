@@ -29,6 +29,7 @@ from hive.devices.watch import Devices
 from hive.errors import CudaDeviceNotFound, DeviceError, GpuQuarantined, ServiceUnavailable
 from hive.events import Announcer
 from hive.policy import lifecycle
+from hive.policy.admission import Ticket
 from hive.policy.lifecycle import News, State
 from hive.policy.restarts import RestartPolicy
 from hive.settings import Settings
@@ -43,6 +44,7 @@ from tests.devices.conftest import driver, driver_of, gpus  # noqa: F401 (fixtur
 from tests.doubles.engine import tracebacks
 from tests.doubles.nvml import Gpus
 from tests.patience import awaited, short_directory, until
+from tests.workers.standing import standing
 
 GIB = 2**30
 TOP = Path(__file__).parents[1]
@@ -201,16 +203,17 @@ def test_a_name_means_one_gpu_or_none(gpus: Gpus, driver: Driver) -> None:
 
 
 @pytest.mark.parametrize("state", [state for state in State if state is not State.READY])
-def test_a_request_is_never_answered_by_another_model(home: Path, state: State) -> None:
+@awaited
+async def test_a_request_is_never_answered_by_another_model(home: Path, state: State) -> None:
     """(R015)"""
     large = {**SMALL, "device": "cuda:0", "alternatives": ["small"]}
     resolved = {"cuda:0": Device(0, UUIDS[0], "a GPU")}
     fleet = fleet_of(settings_of(home, {"large": large}), Driver(), resolved)
-    fleet.worker("small-0").state, fleet.worker("large-0").state = State.READY, state
-    with pytest.raises((ServiceUnavailable, GpuQuarantined)):
-        fleet.choose("large")
+    async with standing(fleet.worker("small-0")), standing(fleet.worker("large-0"), state):
+        with pytest.raises((ServiceUnavailable, GpuQuarantined)):
+            await fleet.door("large").admit(Ticket())
 
-    assert fleet.choose("small").id == "small-0"
+        assert (await fleet.door("small").admit(Ticket())).worker.id == "small-0"
 
 
 # ── After every kind of end ─────────────────────────────────────────────────────────────────────
@@ -221,6 +224,7 @@ class Recorded:
 
     def __init__(self, engine: Engine, ends: Path) -> None:
         self.health_path = engine.health_path
+        self.has_gauges, self.computing = engine.has_gauges, engine.computing
         self.launches: list[tuple[list[str], dict[str, str]]] = []
         self._engine, self._ends = engine, ends
 

@@ -106,11 +106,12 @@ class Inference:
             if quota.is_full:
                 what, most = "max_concurrent", quota.max_concurrent
             raise RateLimited(
-                f"This key may not do more now ({what} is {most}).",
+                f"This key may not do more now: {what} is {most}.",
                 reason=what,
                 retry_after_s=wait_s,
                 current_requests=quota.in_flight,
-                **{what: most},
+                max_concurrent=quota.max_concurrent,
+                requests_per_minute=quota.per_minute,
             )
         try:
             yield

@@ -10,14 +10,15 @@ from hypothesis import strategies as st
 
 from hive.errors import Forbidden, HiveError, Unauthorized
 from hive.gateway.auth import ANYONE, Doorkeeper, fingerprint, needed_scope
+from hive.policy.admission import Priority
 from hive.settings import ApiKey
 
 USER, ADMIN, SCRAPER = "hive_user", "hive_admin", "hive_scraper"
 
 
-def key(name: str, value: str, *scopes: str) -> ApiKey:
+def key(name: str, value: str, *scopes: str, **other: object) -> ApiKey:
     sha256 = hashlib.sha256(value.encode()).hexdigest()
-    return ApiKey.model_validate({"name": name, "sha256": sha256, "scopes": scopes})
+    return ApiKey.model_validate({"name": name, "sha256": sha256, "scopes": scopes, **other})
 
 
 DOOR = Doorkeeper(
@@ -47,6 +48,36 @@ def test_without_configured_keys_everybody_may_everything() -> None:
     assert caller.may("inference")
     assert caller.may("admin")
     assert caller.may("metrics")
+
+
+def test_without_configured_keys_nobody_is_held_to_a_quota_or_a_priority() -> None:
+    caller = Doorkeeper(()).admit(request())
+
+    assert (caller.quota.max_concurrent, caller.quota.per_minute) == (0, 0)
+    assert (caller.priority, caller.highest) == (Priority.NORMAL, Priority.INTERACTIVE)
+
+
+@pytest.mark.parametrize("priority", ["interactive", "normal", "batch"])
+def test_a_keys_priority_is_its_requests_and_the_most_that_it_may_ask_for(priority: str) -> None:
+    door = Doorkeeper((key("ci", "hive_ci", "inference", priority=priority),))
+    caller = door.admit(request(X_Api_Key="hive_ci"))
+
+    assert caller.priority is caller.highest is Priority[priority.upper()]
+
+
+def test_all_requests_of_a_key_share_its_quota_and_no_other_keys() -> None:
+    """(R037)"""
+    own = {"max_concurrent": 2, "requests_per_minute": 7}
+    door = Doorkeeper(
+        (key("ci", "hive_ci", "inference", **own), key("web", "hive_web", "inference", **own))
+    )
+    first, second, other = (
+        door.admit(request(X_Api_Key=value)).quota for value in ("hive_ci", "hive_ci", "hive_web")
+    )
+
+    assert (first.max_concurrent, first.per_minute) == (2, 7)
+    assert first is second
+    assert first is not other
 
 
 @pytest.mark.parametrize("path", ["/livez", "/readyz"])

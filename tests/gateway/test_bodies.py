@@ -4,6 +4,7 @@ import asyncio
 import json
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from typing import Any
 
 import pytest
 from aiohttp import web
@@ -12,7 +13,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from hive.errors import HiveError, HttpError, ValidationFailed
-from hive.gateway.bodies import MIB, Intake, model_in
+from hive.gateway.bodies import MIB, Asked, Intake, asked_in
 from hive.settings import Server
 from tests.patience import awaited, until
 
@@ -157,7 +158,7 @@ async def test_a_compressed_body_is_refused_as_415() -> None:
 
 def refusal(body: bytes, content_type: str = JSON) -> ValidationFailed:
     with pytest.raises(ValidationFailed) as caught:
-        model_in(body, content_type)
+        asked_in(body, content_type)
     return caught.value
 
 
@@ -165,8 +166,8 @@ def refusal(body: bytes, content_type: str = JSON) -> ValidationFailed:
 def test_the_model_is_found_among_any_other_fields(name: str, others: dict[str, int]) -> None:
     body = {**others, "model": name, "messages": [{"role": "user", "content": "hello"}]}
 
-    assert model_in(json.dumps(body).encode(), JSON) == name
-    assert model_in(json.dumps(body, ensure_ascii=False).encode(), "") == name
+    assert asked_in(json.dumps(body).encode(), JSON).model == name
+    assert asked_in(json.dumps(body, ensure_ascii=False).encode(), "").model == name
 
 
 @pytest.mark.parametrize(
@@ -211,7 +212,7 @@ def test_a_model_that_is_not_utf_8_is_refused_too() -> None:
 def test_any_other_bytes_are_refused_or_name_a_model(body: bytes) -> None:
     """Never an unforeseen exception, whatever a client sends (R154)."""
     try:
-        assert model_in(body, JSON)
+        assert asked_in(body, JSON).model
     except ValidationFailed as error:
         assert error.message
 
@@ -221,6 +222,88 @@ def test_a_refusal_never_repeats_what_was_sent(private: str, start: str) -> None
     """(R076)"""
     for body in (f"{start}{private}", json.dumps([private]), json.dumps({"prompt": private})):
         assert private not in refusal(body.encode()).message
+
+
+# ── How it is asked, and for how many of the engine's own requests ──────────────────────────────
+
+
+@pytest.mark.parametrize(
+    ("fields", "is_stream"),
+    [
+        ('"stream":true', True),
+        ('"stream" : true ', True),
+        ('"stream":\n\ttrue\n', True),
+        ('"stream":false', False),
+        ('"stream":null', False),
+        ('"stream":"yes"', False),
+        ('"stream":{"a":true}', False),
+        ('"streams":true', False),
+        ('"stream_options":{"include_usage":true}', False),
+    ],
+)
+def test_a_stream_is_asked_for_by_true_alone(fields: str, is_stream: bool) -> None:
+    assert asked_in(f'{{"model":"m",{fields}}}'.encode(), JSON) == Asked("m", is_stream)
+
+
+@pytest.mark.parametrize(
+    ("fields", "weight"),
+    [
+        ({}, 1),
+        ({"n": 4}, 4),
+        ({"n": 0}, 1),
+        ({"n": -3}, 1),
+        ({"n": None}, 1),
+        ({"n": "4"}, 1),
+        ({"n": 2.5}, 1),
+        ({"n": [1, 2]}, 1),
+        ({"n": 10**30}, 1),
+        ({"prompt": "a, b"}, 1),
+        ({"prompt": ["a", "b", "c"]}, 3),
+        ({"prompt": ["a"]}, 1),
+        ({"prompt": []}, 1),
+        ({"prompt": [1, 2, 3]}, 1),
+        ({"prompt": [[1, 2, 3], [4, 5]]}, 2),
+        ({"prompt": ["a", "b"], "n": 3}, 6),
+        ({"input": ["a", "b"]}, 2),
+        ({"input": [1, 2, 3]}, 1),
+        ({"input": [{"role": "user", "content": "a"}]}, 1),
+        ({"documents": ["a", "b", "c"], "query": "d"}, 3),
+        ({"messages": [{"role": "user", "content": "a"}] * 5}, 1),
+        ({"prompt": ["a"] * 1000, "n": 1000}, 100_000),
+    ],
+    ids=str,
+)
+def test_a_body_weighs_as_many_requests_as_the_engine_makes_of_it(
+    fields: dict[str, Any], weight: int
+) -> None:
+    """Else the engine's count of them would never agree with hive's (R050)."""
+    assert asked_in(json.dumps({"model": "m", **fields}).encode(), JSON).weight == weight
+    spaced = json.dumps({"model": "m", **fields}, indent=3, separators=(" , ", " : "))
+    assert asked_in(spaced.encode(), JSON).weight == weight
+
+
+JSONS = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(),
+    lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner),
+    max_leaves=20,
+)
+
+
+@given(JSONS, JSONS, JSONS, JSONS, JSONS)
+def test_what_else_a_body_says_is_left_to_the_engine(
+    n: object, prompt: object, texts: object, documents: object, stream: object
+) -> None:
+    """Nothing that hive itself looks at, besides the model, is a reason to refuse."""
+    body = {"n": n, "prompt": prompt, "input": texts, "documents": documents, "stream": stream}
+    asked = asked_in(json.dumps({**body, "model": "m"}).encode(), JSON)
+
+    assert asked.model == "m"
+    assert 1 <= asked.weight <= 100_000
+    assert asked.is_stream is (stream is True)
+
+
+def test_a_form_is_one_request() -> None:
+    assert asked_in(form(('name="model"', b"whisper")), BOUNDARY) == Asked("whisper")
 
 
 BOUNDARY = "multipart/form-data; boundary=frontier"
@@ -244,8 +327,8 @@ def test_the_model_of_a_form_is_found_beside_any_file(content: bytes) -> None:
     file = ('name="file"; filename="a.wav"', content.replace(b"--frontier", b""))
     named = ('name="model"', b"whisper")
 
-    assert model_in(form(file, named), BOUNDARY) == "whisper"
-    assert model_in(form(named, file), BOUNDARY) == "whisper"
+    assert asked_in(form(file, named), BOUNDARY).model == "whisper"
+    assert asked_in(form(named, file), BOUNDARY).model == "whisper"
 
 
 @pytest.mark.parametrize(
@@ -256,7 +339,7 @@ def test_the_model_of_a_form_is_found_beside_any_file(content: bytes) -> None:
     ],
 )
 def test_a_boundary_may_be_written_in_several_ways(content_type: str) -> None:
-    assert model_in(form(('name="model"', b"whisper")), content_type) == "whisper"
+    assert asked_in(form(('name="model"', b"whisper")), content_type).model == "whisper"
 
 
 @pytest.mark.parametrize(
@@ -282,6 +365,6 @@ def test_a_form_without_a_usable_model_is_refused(
 @given(st.binary(max_size=300))
 def test_any_other_form_is_refused_or_names_a_model(body: bytes) -> None:
     try:
-        assert model_in(b"--frontier\r\n" + body, BOUNDARY)
+        assert asked_in(b"--frontier\r\n" + body, BOUNDARY).model
     except ValidationFailed as error:
         assert error.message

@@ -3,7 +3,21 @@
 import asyncio
 import json
 
-from hive.events import DaemonMoved, Event, RequestArrived, RequestEnded, WorkerExited, WorkerReady
+from hive.events import (
+    BreakerMoved,
+    DaemonMoved,
+    Event,
+    HintJudged,
+    RequestAborted,
+    RequestAdmitted,
+    RequestEnded,
+    RequestExpired,
+    RequestRefused,
+    RequestRetried,
+    RetriesEnded,
+    WorkerExited,
+    WorkerReady,
+)
 from hive.gateway.stream import BACKLOG, KEPT, EventStream, event_name
 from tests.patience import awaited
 
@@ -134,12 +148,45 @@ async def test_when_hive_stops_the_last_event_says_so_and_the_stream_ends() -> N
 async def test_good_requests_are_not_in_the_stream_and_failed_ones_are() -> None:
     stream = EventStream()
     with stream.reader(None) as queue:
-        stream.hear(RequestArrived("req-1", "llama", "/v1/chat/completions"))
+        stream.hear(RequestAdmitted("req-1", "llama", "llama-0", 0.1))
         stream.hear(ended(None))
         stream.hear(ended("WORKER_CRASHED"))
         (only,) = waiting(queue)
 
     assert data_of(only)["code"] == "WORKER_CRASHED"
+
+
+@awaited
+async def test_what_only_the_metrics_count_is_not_in_the_stream() -> None:
+    """Every refusal of a busy hour would push what matters out of what is kept."""
+    stream = EventStream()
+    with stream.reader(None) as queue:
+        for event in (
+            RequestRefused("llama", "queue_full"),
+            RequestExpired("req-1", "llama", "stall"),
+            RequestAborted("req-1", "llama", "llama-0", "yes", 0.1),
+            HintJudged("llama", 0.5),
+            RetriesEnded("network", "success"),
+        ):
+            stream.hear(event)
+
+        assert queue.empty()
+
+
+@awaited
+async def test_an_operator_hears_of_breakers_and_of_what_is_sent_again() -> None:
+    stream = EventStream()
+    retried = RequestRetried("req-1", "network", "llama", "llama-0", 2, 5, 1.2, "BAD_GATEWAY")
+    with stream.reader(None) as queue:
+        stream.hear(BreakerMoved("llama", "llama-0", "closed", "open", 5))
+        stream.hear(retried)
+        told = [data_of(message) for message in waiting(queue)]
+
+    assert [(fact["event"], fact["worker"]) for fact in told] == [
+        ("breaker_moved", "llama-0"),
+        ("request_retried", "llama-0"),
+    ]
+    assert (told[0]["new"], told[1]["attempt"]) == ("open", 2)
 
 
 @awaited

@@ -70,6 +70,16 @@ def test_the_end_of_the_engine_is_never_overlooked(state: State) -> None:
     assert step(state, News.EXITED) is State.STOPPING
 
 
+@pytest.mark.parametrize("state", State)
+def test_only_an_engine_that_serves_can_hang_and_it_is_ended_without_draining(
+    state: State,
+) -> None:
+    """(R051)"""
+    serves = state in (State.READY, State.DRAINING)
+
+    assert step(state, News.HUNG) is (State.STOPPING if serves else state)
+
+
 def test_a_running_worker_is_drained_before_it_is_stopped_unless_there_is_haste() -> None:
     assert step(State.READY, News.STOP_ASKED) is State.DRAINING
     assert step(State.READY, News.HASTE_ASKED) is State.STOPPING

@@ -13,10 +13,17 @@ import structlog
 
 from hive.errors import HiveError, every_error
 from hive.events import (
+    BreakerMoved,
     DaemonMoved,
     Event,
-    RequestArrived,
+    HintJudged,
+    RequestAborted,
+    RequestAdmitted,
     RequestEnded,
+    RequestExpired,
+    RequestRefused,
+    RequestRetried,
+    RetriesEnded,
     WorkerEnded,
     WorkerExited,
     WorkerMoved,
@@ -84,7 +91,15 @@ def test_a_fact_is_one_line_with_its_time_level_and_logger(lines: Lines) -> None
 
 
 def test_a_request_is_one_line_when_it_ends_without_what_is_unknown(lines: Lines) -> None:
-    logs.write(RequestArrived("r1", "m", "/v1/chat/completions"))
+    for event in (
+        RequestAdmitted("r1", "m", "m-0", 0.1),
+        RequestRefused("m", "queue_full"),
+        RequestExpired("r1", "m", "stall"),
+        RequestAborted("r1", "m", "m-0", "yes", 0.1),
+        HintJudged("m", 0.5),
+        RetriesEnded("network", "success"),
+    ):
+        logs.write(event)
     logs.write(ENDED)
     (line,) = lines()
 
@@ -116,6 +131,10 @@ def test_a_requests_level_is_its_errors(lines: Lines, error: type[HiveError]) ->
         (WorkerRestartPlanned("m-0", "m", 1.0, 1, 5), "warning"),
         (WorkerEnded("m-0", "m", "term", 0.1, 0), "info"),
         (WorkerEnded("m-0", "m", "kill", 5.1, 3), "warning"),
+        (RequestRetried("r1", "network", "m", "m-0", 2, 5, 1.2, "BAD_GATEWAY"), "warning"),
+        (BreakerMoved("m", "m-0", "closed", "open", 5), "error"),
+        (BreakerMoved("m", "m-0", "open", "half_open", 5), "info"),
+        (BreakerMoved("m", "m-0", "half_open", "closed", 0), "info"),
         (DaemonMoved("listening"), "info"),
     ],
 )
@@ -124,6 +143,29 @@ def test_each_fact_has_the_level_that_it_deserves(lines: Lines, event: Event, le
     (line,) = lines()
 
     assert line["level"] == level
+
+
+def test_each_retry_is_one_line_with_its_number_and_its_requests_id(lines: Lines) -> None:
+    """(R005)"""
+    for attempt in (2, 3):
+        logs.write(
+            RequestRetried("r1", "network", "m", "m-0", attempt, 5, 1.25 * attempt, "BAD_GATEWAY")
+        )
+    written = lines()
+
+    assert [(line["attempt"], line["delay_s"]) for line in written] == [(2, 2.5), (3, 3.75)]
+    assert {(line["request_id"], line["allowed"], line["code"]) for line in written} == {
+        ("r1", 5, "BAD_GATEWAY")
+    }
+
+
+def test_an_opening_breaker_is_one_line_with_its_count_of_failures(lines: Lines) -> None:
+    """(R012)"""
+    logs.write(BreakerMoved("m", "m-0", "closed", "open", 5))
+    (line,) = lines()
+
+    assert (line["level"], line["worker"], line["new"]) == ("error", "m-0", "open")
+    assert line["failures"] == 5
 
 
 @pytest.mark.parametrize("path", ["/livez", "/readyz", "/metrics"])

@@ -1,7 +1,7 @@
 """The metrics: counted from what hive announces, with names from the configuration alone."""
 
 import asyncio
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import pytest
 from hypothesis import given
@@ -9,9 +9,16 @@ from hypothesis import strategies as st
 from prometheus_client.parser import text_string_to_metric_families
 
 from hive.events import (
+    BreakerMoved,
     DaemonMoved,
-    RequestArrived,
+    HintJudged,
+    RequestAborted,
+    RequestAdmitted,
     RequestEnded,
+    RequestExpired,
+    RequestRefused,
+    RequestRetried,
+    RetriesEnded,
     WorkerEnded,
     WorkerExited,
     WorkerMoved,
@@ -38,8 +45,17 @@ ENDED = RequestEnded(
     bytes_in=10,
     bytes_out=20,
 )
-ARRIVED = RequestArrived("r1", "m", ENDED.path)
+ADMITTED = RequestAdmitted("r1", "m", "m-0", 0.25)
+RETRIED = RequestRetried("r1", "network", "m", "m-0", 2, 5, 1.2, "BAD_GATEWAY")
 Series = tuple[str, tuple[tuple[str, str], ...]]
+
+
+@dataclass
+class Counted:
+    """A model's door, as metrics see it."""
+
+    in_flight: int = 0
+    waiting: int = 0
 
 
 def scraped(metrics: Metrics) -> dict[Series, float]:
@@ -65,7 +81,7 @@ def state_of(metrics: Metrics, worker: str) -> list[str]:
 
 def test_every_metric_and_every_workers_series_exist_from_the_start() -> None:
     """A rate over a series that appears with its first event misses that event."""
-    metrics = Metrics(WORKERS)
+    metrics = Metrics(WORKERS, rooms={"m": Counted(), "n": Counted()})
     text = metrics.text()[0].decode()
     made = {name for name in vars(metrics) if name != "registry"}
 
@@ -74,26 +90,37 @@ def test_every_metric_and_every_workers_series_exist_from_the_start() -> None:
         assert state_of(metrics, worker) == ["STOPPED"]
         present = scraped(metrics)
         assert ("hive_worker_starts_total", (("worker", worker),)) in present
-        for name in ("hive_in_flight", "hive_request_seconds_count", "hive_first_byte_seconds_sum"):
+        assert (
+            "hive_breaker_state",
+            (("model", model), ("worker", worker)),
+        ) in present
+        for name in (
+            "hive_in_flight",
+            "hive_waiting",
+            "hive_queue_seconds_count",
+            "hive_retry_after_error_seconds_count",
+            "hive_cancel_to_free_seconds_count",
+            "hive_request_seconds_count",
+            "hive_first_byte_seconds_sum",
+        ):
             assert (name, (("model", model),)) in present
 
 
 def test_an_answered_request_is_counted_once() -> None:
     metrics = Metrics(WORKERS)
-    metrics.hear(ARRIVED)
-    assert value(metrics, "hive_in_flight", model="m") == 1
+    metrics.hear(ADMITTED)
     metrics.hear(ENDED)
 
-    assert value(metrics, "hive_in_flight", model="m") == 0
     assert value(metrics, "hive_requests_total", model="m", status="200") == 1
     assert value(metrics, "hive_request_seconds_sum", model="m") == 2.0
     assert value(metrics, "hive_first_byte_seconds_sum", model="m") == 0.5
+    assert value(metrics, "hive_queue_seconds_sum", model="m") == 0.25
     assert not any(name == "hive_request_failures_total" for name, _ in scraped(metrics))
 
 
 def test_a_failed_request_is_counted_by_its_code() -> None:
     metrics = Metrics(WORKERS)
-    metrics.hear(ARRIVED)
+    metrics.hear(ADMITTED)
     metrics.hear(replace(ENDED, status=502, code="WORKER_CRASHED", first_byte_s=None))
 
     assert value(metrics, "hive_requests_total", model="m", status="502") == 1
@@ -101,14 +128,13 @@ def test_a_failed_request_is_counted_by_its_code() -> None:
     assert value(metrics, "hive_first_byte_seconds_count", model="m") == 0
 
 
-def test_a_request_that_no_worker_took_moves_no_gauge() -> None:
+def test_a_request_that_no_worker_took_is_counted_without_a_time() -> None:
     metrics = Metrics(WORKERS)
     metrics.hear(replace(ENDED, status=404, model=None, worker=None, code="MODEL_NOT_FOUND"))
     metrics.hear(replace(ENDED, status=503, worker=None, code="SERVICE_UNAVAILABLE"))
 
     assert value(metrics, "hive_requests_total", model="", status="404") == 1
     assert value(metrics, "hive_requests_total", model="m", status="503") == 1
-    assert value(metrics, "hive_in_flight", model="m") == 0
     assert value(metrics, "hive_request_seconds_count", model="m") == 0
 
 
@@ -124,41 +150,91 @@ def test_operators_requests_are_not_inference(method: str, path: str) -> None:
     assert scraped(metrics) == before
 
 
-@given(st.lists(st.sampled_from([("m", "m-0"), ("m", "m-1"), ("n", "n-0")])), st.randoms())
-def test_in_flight_counts_who_is_there_and_returns_to_zero(
-    asked: list[tuple[str, str]], chance: object
-) -> None:
+def test_in_flight_and_waiting_are_what_the_doors_say_when_somebody_looks() -> None:
+    """Not sums of what was announced, which one lost event would put wrong for ever."""
+    rooms = {"m": Counted(), "n": Counted()}
+    metrics = Metrics(WORKERS, rooms=rooms)
+    for in_flight, waiting in ((3, 2), (1, 0), (0, 0)):
+        rooms["m"].in_flight, rooms["m"].waiting = in_flight, waiting
+
+        assert value(metrics, "hive_in_flight", model="m") == in_flight
+        assert value(metrics, "hive_waiting", model="m") == waiting
+        assert value(metrics, "hive_in_flight", model="n") == 0
+
+
+@pytest.mark.parametrize("reason", ["slots_busy", "queue_full", "queue_timeout", "draining"])
+def test_a_refusal_is_counted_by_its_reason(reason: str) -> None:
     metrics = Metrics(WORKERS)
-    for model, _ in asked:
-        metrics.hear(replace(ARRIVED, model=model))
-    for name in ("m", "n"):
-        count = sum(model == name for model, _ in asked)
-        assert value(metrics, "hive_in_flight", model=name) == count
-    chance.shuffle(asked)  # type: ignore[attr-defined]
-    for model, worker in asked:
-        metrics.hear(replace(ENDED, model=model, worker=worker))
+    metrics.hear(RequestRefused("m", reason))
 
-    assert value(metrics, "hive_in_flight", model="m") == 0
-    assert value(metrics, "hive_in_flight", model="n") == 0
+    assert value(metrics, "hive_refusals_total", model="m", reason=reason) == 1
 
 
-def test_fetching_a_stored_response_leaves_nothing_in_flight() -> None:
-    """GET /v1/responses/{id} goes to a worker, too."""
+def test_how_far_off_a_hint_was_is_measured() -> None:
     metrics = Metrics(WORKERS)
-    path = "/v1/responses/resp_1"
-    metrics.hear(replace(ARRIVED, path=path))
-    metrics.hear(replace(ENDED, method="GET", path=path))
+    for error_s in (0.5, 1.5):
+        metrics.hear(HintJudged("m", error_s))
 
-    assert value(metrics, "hive_in_flight", model="m") == 0
+    assert value(metrics, "hive_retry_after_error_seconds_count", model="m") == 2
+    assert value(metrics, "hive_retry_after_error_seconds_sum", model="m") == 2.0
+
+
+@pytest.mark.parametrize("phase", ["queue", "first_token", "inference", "stall", "total"])
+def test_a_limit_that_passed_is_counted_by_its_phase(phase: str) -> None:
+    metrics = Metrics(WORKERS)
+    metrics.hear(RequestExpired("r1", "m", phase))
+
+    assert value(metrics, "hive_timeouts_total", model="m", phase=phase) == 1
+
+
+@pytest.mark.parametrize("confirmed", ["yes", "no", "unknown"])
+def test_a_cancellation_is_counted_with_the_time_to_its_free_slot(confirmed: str) -> None:
+    """(R050)"""
+    metrics = Metrics(WORKERS)
+    metrics.hear(RequestAborted("r1", "m", "m-0", confirmed, 0.25))
+
+    assert value(metrics, "hive_cancellations_total", model="m", confirmed=confirmed) == 1
+    assert value(metrics, "hive_cancel_to_free_seconds_sum", model="m") == 0.25
+
+
+def test_a_breakers_state_is_a_number() -> None:
+    metrics = Metrics(WORKERS)
+    for old, new, number in (
+        ("closed", "open", 2),
+        ("open", "half_open", 1),
+        ("half_open", "closed", 0),
+    ):
+        metrics.hear(BreakerMoved("m", "m-0", old, new, 5))
+
+        assert value(metrics, "hive_breaker_state", model="m", worker="m-0") == number
+        assert value(metrics, "hive_breaker_state", model="m", worker="m-1") == 0
+
+
+def test_retries_are_counted_one_by_one_and_by_how_they_ended() -> None:
+    metrics = Metrics(WORKERS)
+    metrics.hear(RETRIED)
+    metrics.hear(replace(RETRIED, attempt=3))
+    for outcome in ("success", "exhausted", "deadline"):
+        metrics.hear(RetriesEnded("network", outcome))
+
+    assert value(metrics, "hive_retries_total", operation="network", outcome="retry") == 2
+    for outcome in ("success", "exhausted", "deadline"):
+        assert value(metrics, "hive_retries_total", operation="network", outcome=outcome) == 1
 
 
 @given(st.text(), st.text(), st.text())
 def test_nothing_that_a_client_chooses_becomes_a_label(an_id: str, path: str, key: str) -> None:
     metrics = Metrics(WORKERS)
-    metrics.hear(replace(ARRIVED, request_id=an_id, path=path))
+    metrics.hear(replace(ADMITTED, request_id=an_id))
+    metrics.hear(RequestExpired(an_id, "m", "queue"))
+    metrics.hear(RequestAborted(an_id, "m", "m-0", "yes", 0.1))
+    metrics.hear(replace(RETRIED, request_id=an_id))
     metrics.hear(replace(ENDED, request_id=an_id, path="/v1/" + path, key=key))
     usual = Metrics(WORKERS)
-    usual.hear(ARRIVED)
+    usual.hear(ADMITTED)
+    usual.hear(RequestExpired("r1", "m", "queue"))
+    usual.hear(RequestAborted("r1", "m", "m-0", "yes", 0.1))
+    usual.hear(RETRIED)
     usual.hear(ENDED)
 
     assert set(scraped(metrics)) == set(scraped(usual))

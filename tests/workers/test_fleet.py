@@ -1,6 +1,7 @@
 """All workers of one hive: what each is planned to be, and which one takes a request."""
 
-from collections.abc import Iterator
+from collections.abc import AsyncIterator, Iterator
+from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
 from typing import Any
 
@@ -8,10 +9,12 @@ import pytest
 
 from hive.devices.nvml import Device, Driver
 from hive.devices.watch import Devices
-from hive.errors import ModelNotFound, NotFound, ServiceUnavailable
+from hive.errors import HiveError, ModelNotFound, NotFound
 from hive.events import Announcer
+from hive.policy.admission import Ticket
 from hive.policy.lifecycle import State
 from hive.settings import Settings
+from hive.workers.admission import Permit
 from hive.workers.command import CommandEngine
 from hive.workers.fleet import Fleet
 from hive.workers.ledger import Ledger
@@ -20,6 +23,7 @@ from hive.workers.vllm import VllmEngine
 from hive.workers.worker import HINT_S, Worker
 from tests.doubles import engine_command
 from tests.patience import awaited, short_directory
+from tests.workers.standing import standing
 
 COMMAND = engine_command("--uds", "{socket}", "--model", "{model}")
 CPU = {"engine": "command", "device": "cpu", "command": COMMAND, "probe": "completion"}
@@ -44,9 +48,13 @@ def fleet_of(home: Path, models: dict[str, Any], **sections: Any) -> Fleet:
     return Fleet(settings, devices, ledger, announcer)
 
 
-def refused(fleet: Fleet, model: str = "m") -> ServiceUnavailable:
-    with pytest.raises(ServiceUnavailable) as caught:
-        fleet.choose(model)
+async def admitted(fleet: Fleet, model: str = "m", pinned: str | None = None) -> Permit:
+    return await fleet.door(model).admit(Ticket(pinned=pinned))
+
+
+async def refused(fleet: Fleet, model: str = "m", pinned: str | None = None) -> HiveError:
+    with pytest.raises(HiveError) as caught:
+        await admitted(fleet, model, pinned)
     return caught.value
 
 
@@ -90,27 +98,33 @@ def test_a_directory_that_is_still_there_is_never_used_again(home: Path) -> None
 # ── Which worker ────────────────────────────────────────────────────────────────────────────────
 
 
-def in_states(fleet: Fleet, *states: State) -> list[Worker]:
+@asynccontextmanager
+async def in_states(fleet: Fleet, *states: State) -> AsyncIterator[list[Worker]]:
     """The workers, put into these states by the test: none of them runs."""
     workers = list(fleet.workers.values())
-    for worker, state in zip(workers, states, strict=True):
-        worker.state = state
-    return workers
+    async with AsyncExitStack() as stack:
+        for worker, state in zip(workers, states, strict=True):
+            await stack.enter_async_context(standing(worker, state))
+        yield workers
 
 
-def test_the_ready_worker_with_the_fewest_requests_is_chosen(home: Path) -> None:
+@awaited
+async def test_the_ready_worker_with_the_fewest_requests_is_chosen(home: Path) -> None:
     fleet = fleet_of(home, {"m": {**TWICE, "replicas": ["cpu"] * 4}})
-    workers = in_states(fleet, State.READY, State.READY, State.READY, State.LOADING)
-    for worker, count in zip(workers, (2, 1, 3, 0), strict=True):
-        worker.in_flight = count
+    async with in_states(fleet, State.READY, State.READY, State.READY, State.LOADING) as workers:
+        held = [await admitted(fleet, pinned=f"m-{number}") for number in (0, 0, 1, 2, 2, 2)]
+        assert [worker.in_flight for worker in workers] == [2, 1, 3, 0]
 
-    assert fleet.choose("m").id == "m-1"
+        assert (await admitted(fleet)).worker.id == "m-1"
+        held[0].finished()
+        assert (await admitted(fleet)).worker.id == "m-0"
 
 
-def test_a_model_that_is_not_configured_is_answered_with_those_that_are(home: Path) -> None:
+@awaited
+async def test_a_model_that_is_not_configured_is_answered_with_those_that_are(home: Path) -> None:
     fleet = fleet_of(home, {"b": CPU, "a": CPU})
     with pytest.raises(ModelNotFound) as caught:
-        fleet.choose("gpt-4")
+        fleet.door("gpt-4")
     error = caught.value
 
     assert error.status == 404
@@ -127,6 +141,17 @@ def test_a_worker_that_does_not_exist_is_answered_with_those_that_do(home: Path)
     assert caught.value.details["allowed"] == ["m-0", "m-1"]
 
 
+@awaited
+async def test_each_model_has_the_slots_and_places_that_are_configured(home: Path) -> None:
+    """(R054, R055)"""
+    fleet = fleet_of(home, {"a": {**CPU, "max_concurrent": 3, "queue_depth": 0}, "b": CPU})
+    room, other = fleet.door("a").room, fleet.door("b").room
+
+    assert (room.slots, room.depth) == (3, 0)
+    assert (other.slots, other.depth) == (64, 32)
+    assert set(room.held) == {"a-0"}
+
+
 @pytest.mark.parametrize(
     ("states", "reason", "hint_s"),
     [
@@ -137,72 +162,81 @@ def test_a_worker_that_does_not_exist_is_answered_with_those_that_do(home: Path)
         ([State.STOPPED, State.STOPPING], "worker_stopped", None),
         ([State.FAILED, State.STOPPED], "worker_failed", None),
         ([State.FAILED, State.LOST], "worker_failed", None),
+        ([State.QUARANTINED, State.FAILED], "quarantined", None),
+        ([State.LOADING, State.QUARANTINED], "loading", HINT_S),
     ],
 )
-def test_without_a_ready_worker_the_reason_and_the_time_to_come_back_are_told(
+@awaited
+async def test_without_a_ready_worker_the_reason_and_the_time_to_come_back_are_told(
     home: Path, states: list[State], reason: str, hint_s: float | None
 ) -> None:
     """Only who may come back without an operator's help gets a time (C12)."""
     fleet = fleet_of(home, {"m": TWICE})
-    in_states(fleet, *states)
-    error = refused(fleet)
+    async with in_states(fleet, *states):
+        error = await refused(fleet)
 
     assert error.status == 503
     assert error.details["reason"] == reason
     assert error.details["model"] == "m"
-    assert error.details["state"] == states[0]
     assert error.retry_after_s == hint_s
+    if reason == "quarantined":
+        assert error.code == "GPU_QUARANTINED"
+        return
+    assert error.details["state"] == states[0]
     assert error.retryable == (hint_s is not None)
     assert hint_s or "hive worker" in error.suggested_action
 
 
-def test_the_hint_while_loading_is_the_soonest_of_the_workers(home: Path) -> None:
+@awaited
+async def test_the_hint_while_loading_is_the_soonest_of_the_workers(home: Path) -> None:
     fleet = fleet_of(home, {"m": TWICE})
-    slow, quick = in_states(fleet, State.STARTING, State.STARTING)
-    slow.load_s, quick.load_s = 20.0, 4.0
+    async with in_states(fleet, State.STARTING, State.STARTING) as (slow, quick):
+        slow.load_s, quick.load_s = 20.0, 4.0
 
-    assert refused(fleet).retry_after_s == 4.0
+        assert (await refused(fleet)).retry_after_s == 4.0
 
 
-def test_a_crashed_worker_that_will_start_again_counts_as_loading(home: Path) -> None:
+@awaited
+async def test_a_crashed_worker_that_will_start_again_counts_as_loading(home: Path) -> None:
     fleet = fleet_of(home, {"m": CPU})
-    (worker,) = in_states(fleet, State.STOPPING)
-    worker._wanted_up = True
+    async with in_states(fleet, State.STOPPING) as (worker,):
+        worker._wanted_up = True
 
-    assert refused(fleet).details["reason"] == "loading"
+        assert (await refused(fleet)).details["reason"] == "loading"
 
 
-def test_a_hive_that_stops_takes_no_request_even_for_a_ready_worker(home: Path) -> None:
+@awaited
+async def test_a_hive_that_stops_takes_no_request_even_for_a_ready_worker(home: Path) -> None:
     fleet = fleet_of(home, {"m": CPU})
-    (worker,) = in_states(fleet, State.READY)
-    assert fleet.can_serve
-    fleet.is_draining = True
-    error = refused(fleet)
+    async with in_states(fleet, State.READY):
+        assert fleet.can_serve
+        fleet.refuse()
 
-    assert not fleet.can_serve
-    assert error.details["reason"] == "draining"
-    assert "hive is stopping" in error.message
-    with pytest.raises(ServiceUnavailable, match="hive is stopping"):
-        fleet.must_be_ready(worker)
+        assert not fleet.can_serve
+        for pinned in (None, "m-0"):
+            error = await refused(fleet, pinned=pinned)
+            assert error.details["reason"] == "draining"
+            assert "hive is stopping" in error.message
 
 
-def test_a_request_for_one_worker_is_never_given_to_another(home: Path) -> None:
+@awaited
+async def test_a_request_for_one_worker_is_never_given_to_another(home: Path) -> None:
+    """A stored response lives in the engine that made it."""
     fleet = fleet_of(home, {"m": TWICE})
-    ready, loading = in_states(fleet, State.READY, State.LOADING)
-
-    assert fleet.must_be_ready(ready) is ready
-    with pytest.raises(ServiceUnavailable) as caught:
-        fleet.must_be_ready(loading)
-    assert caught.value.details["reason"] == "loading"
+    async with in_states(fleet, State.READY, State.LOADING):
+        for _ in range(3):
+            assert (await admitted(fleet, pinned="m-0")).worker.id == "m-0"
+        assert (await refused(fleet, pinned="m-1")).details["reason"] == "loading"
 
 
-def test_hive_can_serve_as_long_as_one_model_can(home: Path) -> None:
+@awaited
+async def test_hive_can_serve_as_long_as_one_model_can(home: Path) -> None:
     fleet = fleet_of(home, {"a": CPU, "b": CPU})
     assert not fleet.can_serve
-    in_states(fleet, State.FAILED, State.READY)
-    assert fleet.can_serve
-    in_states(fleet, State.FAILED, State.DRAINING)
-    assert not fleet.can_serve
+    async with in_states(fleet, State.FAILED, State.READY):
+        assert fleet.can_serve
+    async with in_states(fleet, State.FAILED, State.DRAINING):
+        assert not fleet.can_serve
 
 
 # ── All of them together ────────────────────────────────────────────────────────────────────────
@@ -216,10 +250,10 @@ async def test_workers_start_together_share_the_requests_and_stop_together(home:
         for worker in fleet.workers.values():
             await worker.wait_for(State.READY, State.FAILED)
         assert fleet.can_serve
-        first = fleet.choose("m")
-        with first.lease():
-            second = fleet.choose("m")
-        assert {first.id, second.id} == {"m-0", "m-1"}
+        first, second = await admitted(fleet), await admitted(fleet)
+        assert {first.worker.id, second.worker.id} == {"m-0", "m-1"}
+        first.finished()
+        second.finished()
         await fleet.stop(drain=True)
         assert {worker.state for worker in fleet.workers.values()} == {State.STOPPED}
 

@@ -30,8 +30,9 @@ from hive.settings import Model, Timeouts
 from hive.workers import guard
 from hive.workers.command import CommandEngine
 from hive.workers.ledger import Ledger
+from hive.workers.life import EngineOver
 from hive.workers.process import Place
-from hive.workers.worker import HINT_S, EngineOver, Worker, WorkerPlan
+from hive.workers.worker import HINT_S, Worker, WorkerPlan
 from tests.doubles import engine_command
 from tests.patience import awaited, short_directory, until, wait_until
 
@@ -391,11 +392,14 @@ async def test_a_start_during_a_stop_follows_it(home: Path) -> None:
 async def test_a_stop_waits_for_what_is_in_flight(home: Path) -> None:
     async with ready(home) as stage:
         worker = stage.worker
-        with worker.lease(), worker.lease():
-            assert worker.in_flight == 2
-            await worker.stop()
-            assert worker.state is State.DRAINING
-            assert stage.heard(WorkerExited) == []
+        worker.take()
+        worker.take()
+        assert worker.in_flight == 2
+        await worker.stop()
+        worker.give_back()
+        assert worker.state is State.DRAINING
+        assert stage.heard(WorkerExited) == []
+        worker.give_back()
         await worker.wait_for(State.STOPPED)
 
         assert worker.in_flight == 0
@@ -404,47 +408,106 @@ async def test_a_stop_waits_for_what_is_in_flight(home: Path) -> None:
 @awaited
 async def test_a_stop_waits_no_longer_than_its_limit(home: Path) -> None:
     async with ready(home, drain_s=0.1) as stage:
-        with stage.worker.lease():
-            await stage.worker.stop()
-            await stage.worker.wait_for(State.STOPPED)
+        stage.worker.take()
+        await stage.worker.stop()
+        await stage.worker.wait_for(State.STOPPED)
 
 
 @awaited
 async def test_a_hasty_stop_ends_the_draining(home: Path) -> None:
     async with ready(home, drain_s=600) as stage:
-        with stage.worker.lease():
-            await stage.worker.stop()
-            assert stage.worker.state is State.DRAINING
-            await stage.worker.stop(drain=False)
-            await stage.worker.wait_for(State.STOPPED)
+        stage.worker.take()
+        await stage.worker.stop()
+        assert stage.worker.state is State.DRAINING
+        await stage.worker.stop(drain=False)
+        await stage.worker.wait_for(State.STOPPED)
 
 
 @awaited
 async def test_a_request_learns_at_once_that_its_engine_ended(home: Path) -> None:
     async with ready(home) as stage:
-        with stage.worker.lease() as life:
-            os.kill(stage.pid, signal.SIGKILL)
-            with pytest.raises(EngineOver):
-                async with life.until_over():
-                    await asyncio.Event().wait()
-            exit_ = await life.over_within(5)
+        life = stage.worker.take()
+        os.kill(stage.pid, signal.SIGKILL)
+        with pytest.raises(EngineOver):
+            async with life.until_over():
+                await asyncio.Event().wait()
+        exit_ = await life.over_within(5)
 
-            assert exit_
-            assert exit_.signal == signal.SIGKILL
-            assert not life.was_asked
+        assert exit_
+        assert exit_.signal == signal.SIGKILL
+        assert not life.was_asked
 
 
 @awaited
 async def test_a_request_learns_that_its_engine_was_stopped_on_purpose(home: Path) -> None:
     async with ready(home, drain_s=0) as stage:
-        with stage.worker.lease() as life:
-            assert await life.over_within(0) is None
-            await stage.worker.stop()
-            with pytest.raises(EngineOver):
-                async with life.until_over():
-                    await asyncio.Event().wait()
+        life = stage.worker.take()
+        assert await life.over_within(0) is None
+        with pytest.raises(EngineOver):
+            async with life.until_over():
+                await stage.worker.stop()
+                await asyncio.Event().wait()
 
-            assert life.was_asked
+        assert life.was_asked
+
+
+@awaited
+async def test_whoever_follows_a_worker_hears_each_state_before_the_world_does(home: Path) -> None:
+    """A request that comes for what was announced finds the door as it is."""
+    stage = Stage(home, {}, double())
+    heard: list[tuple[str, int]] = []
+    stage.worker.on_move = lambda worker: heard.append((worker.state, len(stage.moves)))
+    async with asyncio.TaskGroup() as tasks:
+        running = tasks.create_task(stage.worker.run(), name="worker")
+        await stage.worker.start()
+        await stage.worker.wait_for(State.READY)
+        await stage.worker.stop()
+        await stage.worker.wait_for(State.STOPPED)
+        running.cancel()
+
+    assert heard == [(state, count) for count, state in enumerate(stage.moves)]
+
+
+# ── Engines that hang ───────────────────────────────────────────────────────────────────────────
+
+
+@awaited
+async def test_an_engine_that_hangs_is_ended_and_started_again(home: Path) -> None:
+    """Its requests are told why, and the exit is not one that hive wished for (R051)."""
+    async with ready(home, restarts=TWICE) as stage:
+        life = stage.worker.life
+        assert life
+        assert life.pulse
+        life.pulse._hung("it has requests and made no progress for 30 s")
+        with pytest.raises(EngineOver):
+            async with life.until_over():
+                await asyncio.Event().wait()
+        assert life.error
+        assert life.error.code == "WORKER_HUNG"
+        assert "made no progress for 30 s" in life.error.message
+        await stage.worker.wait_for(State.STARTING)
+        await stage.worker.wait_for(State.READY)
+
+        assert [event.cause for event in stage.heard(WorkerExited)] == ["hung"]
+        assert [event.unasked for event in stage.heard(WorkerStarted)] == [False, True]
+        assert stage.worker.life is not life
+
+
+@awaited
+async def test_news_that_an_earlier_life_hung_ends_nothing(home: Path) -> None:
+    async with ready(home) as stage:
+        life = stage.worker.life
+        assert life
+        assert life.pulse
+        await stage.worker.restart()
+        await stage.worker.wait_for(State.LOADING)
+        await stage.worker.wait_for(State.READY)
+        life.pulse._hung("late news")
+        await stage.worker.stop()  # handled after it
+
+        assert stage.worker.life is not life
+        assert "hung" not in [event.cause for event in stage.heard(WorkerExited)]
+        assert not any("late news" in event.reason for event in stage.heard(WorkerMoved))
 
 
 @awaited
