@@ -25,7 +25,7 @@ COMMANDS = {
     "worker": (
         "hive.cli.worker",
         "worker",
-        "List, show, start, stop, restart and release workers; read logs.",
+        "List, show, start, stop, drain, restart and release workers; read logs.",
     ),
     "devices": (
         "hive.cli.devices",

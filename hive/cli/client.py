@@ -4,7 +4,7 @@ import asyncio
 import json
 import os
 import tomllib
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,7 @@ from typing import Any
 import click
 
 from hive.errors import DaemonUnreachable, HiveError, OperationTimeout, by_code
+from hive.policy.retries import RETRIES
 from hive.settings import DEFAULT_FILES
 
 TIMEOUT_S = 30.0
@@ -70,7 +71,34 @@ def call(
         ) as answer:
             return await answer.json()
 
-    return asyncio.run(ask())
+    return asyncio.run(persistently(ask))
+
+
+async def persistently(ask: Callable[[], Awaitable[Any]]) -> Any:
+    """Ask again while nobody listens: the table's row "connect"; each failure is told (C1, R005)."""
+    import aiohttp
+    from tenacity import AsyncRetrying, RetryCallState, retry_if_exception, stop_after_attempt
+
+    policy = RETRIES["connect"]
+
+    def was_not_sent(exc: BaseException) -> bool:
+        is_connecting = isinstance(exc.__cause__, aiohttp.ClientConnectorError)
+        return isinstance(exc, DaemonUnreachable) and is_connecting
+
+    def tell(state: RetryCallState) -> None:
+        click.echo(
+            f"hive: attempt {state.attempt_number} of {policy.calls} found no daemon; the next one "
+            f"follows in {state.upcoming_sleep:g} s",
+            err=True,
+        )
+
+    return await AsyncRetrying(
+        stop=stop_after_attempt(policy.calls),
+        wait=lambda state: policy.delay_s(state.attempt_number, 0.0),
+        retry=retry_if_exception(was_not_sent),
+        before_sleep=tell,
+        reraise=True,
+    )(ask)
 
 
 def follow(

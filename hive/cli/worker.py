@@ -1,4 +1,4 @@
-"""`hive worker …`: list, show, start, stop, restart and release workers, and read their logs."""
+"""`hive worker …`: list, show, start, stop, drain, restart and release workers, and their logs."""
 
 import sys
 import time
@@ -12,6 +12,7 @@ from hive.cli.output import json_option, print_json, print_table
 AT_REST = {
     "start": ({"READY"}, {"FAILED", "STOPPED", "QUARANTINED", "LOST"}),
     "stop": ({"STOPPED"}, {"LOST"}),
+    "drain": ({"STOPPED"}, {"LOST"}),
     "restart": ({"READY"}, {"FAILED", "STOPPED", "QUARANTINED", "LOST"}),
     "release": ({"READY"}, {"FAILED", "STOPPED", "QUARANTINED", "LOST"}),
 }
@@ -107,6 +108,7 @@ def _action(name: str, text: str) -> None:
 
 _action("start", "Start a worker; earlier restarts are forgotten.")
 _action("stop", "Drain a worker, then end its whole process tree.")
+_action("drain", "Let a worker finish what it has, take nothing new, then end it, as stop does.")
 _action("restart", "Stop a worker, then start it again.")
 _action("release", "Trust the device of a quarantined worker again, and start it.")
 
