@@ -279,8 +279,8 @@ scope is what that key must have; "any" means any key.
 """
 HTTP_REST = """
 `/v1/load_lora_adapter` and `/v1/unload_lora_adapter` need the scope admin. What is passed through is
-not changed on its way, neither the request nor the answer; only the field `model` is read, from JSON or
-from a form. A path that does not exist is 404 NOT_FOUND, a wrong method 405 HTTP_ERROR.
+not changed on its way, neither the request nor the answer; read are `model`, from JSON or from a form, and
+`stream`, `n`, `prompt`, `input` and `documents`, to know what the engine will count. A path that does not exist is 404 NOT_FOUND, a wrong method 405 HTTP_ERROR.
 
 ## Headers
 
@@ -288,6 +288,9 @@ from a form. A path that does not exist is 404 NOT_FOUND, a wrong method 405 HTT
 |---|---|---|
 | `X-Request-Id` | request | 1 to 128 of letters, digits, `.`, `_` and `-`; any other is replaced. One that is in flight already is 409 CONFLICT |
 | `X-Request-Id` | answer | the request's id, on every answer; logs and engine have the same |
+| `X-Hive-Timeout`, `X-Request-Deadline` | inference | seconds, or a time in ISO 8601 with its offset: the answer must have begun by then. They may shorten hive's own limit and never extend it |
+| `X-Hive-Priority` | inference | `interactive`, `normal` or `batch`: the order in the waiting room; not above the key's own |
+| `X-Hive-Session` | inference | 1 to 64 of letters, digits, `-` and `_`; the requests of a session go to the same replica while that has a slot |
 | `Last-Event-ID` | request | of `/hive/v1/events`: go on after this event |
 | `Retry-After` | refusal | whole seconds from 1 to 30 until it is worth trying again; absent when waiting is no help |
 | `retry-after-ms` | refusal | the same, unrounded, in milliseconds |
@@ -311,20 +314,60 @@ Where they apply, `details` has more: `phase`, `timeout_seconds`, `elapsed_secon
 `number`, and what [errors.md](errors.md) says of the code. Messages never hold a prompt, a key, a path or
 a host.
 
-The reasons of SERVICE_UNAVAILABLE:
+The reasons of SERVICE_UNAVAILABLE, and of RATE_LIMITED the last two:
 
 | reason | `Retry-After` | what |
 |---|---|---|
 | `loading` | yes | the model's workers are on their way |
+| `slots_busy` | yes | every slot is taken, and nobody may wait (`queue_depth = 0`) |
+| `queue_full` | yes | every slot and every place in the waiting room is taken |
+| `queue_timeout` | yes | no slot became free within `queue_s` |
 | `draining` | yes | hive, or the model's worker, is stopping |
 | `bodies_full` | yes | too many request bodies are being received at once |
 | `worker_failed` | no | the worker failed and is not restarted any more |
 | `worker_stopped` | no | an operator stopped it |
 | `quarantined` | no | a device that the model needs failed; an operator releases it (GPU_QUARANTINED) |
+| `max_concurrent` | yes | 429: this key has as many requests in flight as it may |
+| `requests_per_minute` | yes | 429: this key has asked as often as it may in a minute |
+
+`Retry-After` is (waiting + 1) × the mean time a slot is held ÷ slots, times 1 to 1.25; while a model loads,
+what is left of its measured load time; 30 until something was measured. How wrong it was is
+`hive_retry_after_error_seconds`.
 
 In a stream that has begun, the error is its last event: `event: error`, then `data:` with this body, and
 no `[DONE]`. Where the engine died inside an event, the connection is closed without the last chunk
 instead, so that no client takes what it has for the whole answer.
+
+## From a slot to its end
+
+A worker serves `max_concurrent` requests at once; `queue_depth` more may wait for each ready worker of the
+model, in the order of arrival within their priority. Everybody else is refused at once, and nothing of a
+refused request reaches an engine. A slot is free again when the answer has ended. Where it was cut off (the
+client left, a limit passed, DELETE) it is free when the engine has stopped working on it, by its own count of
+requests; `hive_cancellations_total` says `confirmed="unknown"` for engines that publish none.
+
+| phase | limit | from | answer |
+|---|---|---|---|
+| queue | `queue_s` | arrival | 503 SERVICE_UNAVAILABLE, `queue_timeout` |
+| connect | `connect_s` | slot given | 504 GATEWAY_TIMEOUT |
+| first_token (streams), inference (others) | `inference_s` | slot given | 504 INFERENCE_TIMEOUT |
+| stall | `stall_s` | last byte | INFERENCE_TIMEOUT, as the stream's last event |
+| total (streams) | `stream_total_s` | slot given | INFERENCE_TIMEOUT, as the stream's last event |
+| request | the client's own, shorter limit | arrival | 504 REQUEST_TIMEOUT |
+
+`phase` in the error's details says which one passed. Inference ends at the latest `cleanup_s` before
+`request_s` is over, so that there is time to clean up. The answer goes out when the limit passes; the engine
+is told at the same moment. A client that reads nothing for `stall_s` is cut off.
+
+An engine that does not stop within `cleanup_s` and makes no progress meanwhile (tokens, KV cache, CPU time), or
+that has requests and makes none for the longer of `inference_s` and `stall_s` plus `cleanup_s`, hangs: its
+processes are ended, whatever else was in flight is told WORKER_HUNG, and it starts again.
+
+A request that no byte of an answer was sent for goes to another ready worker of the model at once when its
+worker crashed, hung up or accepted no connection. The only worker is asked again after 1, 2, 4 and 8 s (and up
+to 1 s more), 5 times in all, unless it crashed; RETRY_BACKOFF says that the next time would be too late for the
+request's deadline. Five faults in a row (5xx, broken connections) open a worker's breaker for `cooldown_s`:
+CIRCUIT_BREAKER_OPEN, until one request has tried it.
 """
 
 
@@ -347,7 +390,8 @@ def application() -> web.Application:
     devices = Devices(Driver(), {}, announcer)
     ledger = Ledger(Path("ledger"), announcer.announce)
     fleet = Fleet(settings, devices, ledger, announcer)
-    return Gateway(settings, fleet, devices, ledger, announcer, lambda: (b"", "")).app
+    text = lambda: (b"", "")  # noqa: E731
+    return Gateway(settings, fleet, devices, ledger, announcer, text, lambda: None).app
 
 
 def _route(route: web.AbstractRoute) -> tuple[str, str, str]:
