@@ -101,14 +101,11 @@ class Inference:
     def _quota(self, caller: Caller) -> Iterator[None]:
         """Count a request against its key. Raises RateLimited, for this key alone (C12)."""
         quota = caller.quota
-        if (wait_s := quota.take(time.monotonic())) is not None:
-            what, most = "requests_per_minute", quota.per_minute
-            if quota.is_full:
-                what, most = "max_concurrent", quota.max_concurrent
+        if refusal := quota.take(time.monotonic()):
             raise RateLimited(
-                f"This key may not do more now: {what} is {most}.",
-                reason=what,
-                retry_after_s=wait_s,
+                f"This key has reached its limit, {refusal.limit}.",
+                reason=refusal.limit,
+                retry_after_s=refusal.wait_s,
                 current_requests=quota.in_flight,
                 max_concurrent=quota.max_concurrent,
                 requests_per_minute=quota.per_minute,
@@ -153,12 +150,7 @@ class Inference:
         own_s = wishes.own_limit_s(request.headers, passage.began)
         if own_s is not None and own_s > limits.request_s:
             log.warning("a caller may shorten its deadline of %g s only", limits.request_s)
-        deadline = Deadline(
-            limits.shortened(own_s),
-            passage.began,
-            is_stream=asked.is_stream,
-            is_shortened=own_s is not None and own_s < limits.request_s,
-        )
+        deadline = Deadline(limits, passage.began, asked.is_stream, own_s)
 
         def expired(due: Due) -> Exception:
             error = self._error_of(due, deadline, passage, door)

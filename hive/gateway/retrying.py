@@ -73,7 +73,7 @@ class Retries:
     def _must_stop(self, state: RetryCallState) -> bool:
         if not self._policy.allows(state.attempt_number):
             self._outcome = "exhausted"
-        elif time.monotonic() + state.upcoming_sleep >= self._clock.deadline.request_at:
+        elif time.monotonic() + state.upcoming_sleep >= self._clock.deadline.answer_by:
             self._outcome = "deadline"
         return self._outcome != "success"
 
@@ -81,6 +81,8 @@ class Retries:
         """What the client is told in the end: what happened, or when to try again (R004)."""
         policy = self._policy
         if self._outcome != "deadline":
+            if self._outcome == "exhausted":
+                error.retry_after_s = policy.delay_s(self._attempts, 0.0)
             return error
         return RetryBackoff(
             f"{error.message} Another attempt would come too late for the request's deadline.",
@@ -89,7 +91,7 @@ class Retries:
             max_attempts=policy.calls,
             next_retry_seconds=round(self._delay_s, 3),
             backoff_strategy="exponential_with_jitter",
-            schedule=list(policy.delays),
+            schedule=list(policy.delays[: policy.calls - 1]),
             model=self._door.model,
             worker=self._passage.worker,
         )

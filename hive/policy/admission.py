@@ -56,8 +56,10 @@ class Room:
     def __init__(self, workers: Iterable[str], slots: int, depth: int) -> None:
         self.slots, self.depth = slots, depth
         self.held: dict[str, set[Ticket]] = {worker: set() for worker in workers}
-        self.hint_errors: list[float] = []  # |hint - seconds until a place was next free|
+        # |hint - seconds until a place was next free|, for whoever takes them away
+        self.hint_errors: list[float] = []
         self._open: set[str] = set()
+        self._is_shut = False
         self._once: set[str] = set()  # of these one request more is let in, whatever is held
         self._waiting: dict[Priority, OrderedDict[Ticket, None]] = {
             priority: OrderedDict() for priority in Priority
@@ -73,12 +75,16 @@ class Room:
 
     def open(self, worker: str, now: float) -> list[Ticket]:
         """The worker takes requests from now on; the tickets that go in at once."""
+        if self._is_shut:
+            return []
         self._open.add(worker)
         self._once.discard(worker)
         return self.grant(now)
 
     def open_once(self, worker: str, now: float) -> list[Ticket]:
         """The worker takes one request, to see whether it serves again; who goes in at once."""
+        if self._is_shut:
+            return []
         self._open.add(worker)
         self._once.add(worker)
         return self.grant(now)
@@ -90,13 +96,14 @@ class Room:
         """
         self._open.discard(worker)
         self._once.discard(worker)
-        lost = [t for t in self.waiting if not self._candidates(t)]
+        lost = [t for t in self.waiting if self._may(t, worker) and not self._candidates(t)]
         for ticket in lost:
             del self._waiting[ticket.priority][ticket]
         return lost
 
     def shut(self) -> list[Ticket]:
-        """Nobody goes in any more: every ticket that waited has left the room."""
+        """Nobody goes in any more, for good: every ticket that waited has left the room."""
+        self._is_shut = True
         self._open.clear()
         self._once.clear()
         lost = list(self.waiting)
@@ -128,7 +135,7 @@ class Room:
         ticket.arrived = now
         if self._grant_one(ticket, now):
             return True
-        if self.waiting_count >= self.depth * max(1, len(self._open)):
+        if not self._has_place():
             hint_s = self.hint_s(chance)
             if len(self._judged) < REFUSED_KEPT:
                 self._judged.append((now, hint_s))
@@ -138,8 +145,10 @@ class Room:
 
     def leave(self, ticket: Ticket, now: float) -> None:
         """It waits no longer: its place is free at once. Does nothing for one that is not there."""
-        if self._waiting[ticket.priority].pop(ticket, ticket) is None:
-            self._place_is_free(now)
+        places = self._waiting[ticket.priority]
+        if ticket in places:
+            del places[ticket]
+            self._judge_hints(now)
 
     def release(self, ticket: Ticket, now: float) -> list[Ticket]:
         """It gives its slot back; the tickets that go in for it. A second call does nothing."""
@@ -151,16 +160,16 @@ class Room:
             self._held_s = held_s
         else:
             self._held_s += WEIGHT * (held_s - self._held_s)
-        self._place_is_free(now)
         return self.grant(now)
 
     def grant(self, now: float) -> list[Ticket]:
         """Let in whoever waits and can go; nobody is held up by one who waits for another worker."""
-        if not any(self._free(worker) for worker in self._open):
-            return []
-        granted = [ticket for ticket in self.waiting if self._grant_one(ticket, now)]
+        granted = []
+        if any(self._free(worker) for worker in self._open):
+            granted = [ticket for ticket in self.waiting if self._grant_one(ticket, now)]
         for ticket in granted:
             del self._waiting[ticket.priority][ticket]
+        self._judge_hints(now)
         return granted
 
     def hint_s(self, chance: float) -> float:
@@ -178,10 +187,14 @@ class Room:
     def _free(self, worker: str) -> bool:
         return worker in self._once or len(self.held[worker]) < self.slots
 
+    def _has_place(self) -> bool:
+        return self.waiting_count < self.depth * max(1, len(self._open))
+
+    def _may(self, ticket: Ticket, worker: str) -> bool:
+        return worker == ticket.pinned if ticket.pinned else worker not in ticket.avoid
+
     def _candidates(self, ticket: Ticket) -> list[str]:
-        if ticket.pinned is not None:
-            return [ticket.pinned] if ticket.pinned in self._open else []
-        return [worker for worker in self._open if worker not in ticket.avoid]
+        return [worker for worker in self._open if self._may(ticket, worker)]
 
     def _grant_one(self, ticket: Ticket, now: float) -> bool:
         free = [worker for worker in self._candidates(ticket) if self._free(worker)]
@@ -203,9 +216,12 @@ class Room:
                 return favourite
         return min(free, key=lambda worker: (len(self.held[worker]), worker))
 
-    def _place_is_free(self, now: float) -> None:
-        self.hint_errors += [abs(hint - (now - at)) for at, hint in self._judged]
-        self._judged.clear()
+    def _judge_hints(self, now: float) -> None:
+        """Once somebody who comes now would not be refused, it is known how true they were."""
+        is_free = any(self._free(worker) for worker in self._open)
+        if self._judged and (is_free or (self._open and self._has_place())):
+            self.hint_errors += [abs(hint - (now - at)) for at, hint in self._judged]
+            self._judged.clear()
 
     def __repr__(self) -> str:
         held = {worker: len(tickets) for worker, tickets in self.held.items()}

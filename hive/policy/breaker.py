@@ -26,6 +26,7 @@ class Breaker:
     count: int = 0  # consecutive faults
     opened_at: float = 0.0
     is_probing: bool = False
+    _era: int = 0  # what began in an earlier one says nothing of this one
 
     def allows(self, now: float) -> bool:
         """Whether a call may go to the target now. Asking changes nothing."""
@@ -34,44 +35,44 @@ class Breaker:
         return self.retry_in_s(now) <= 0 and not self.is_probing
 
     def retry_in_s(self, now: float) -> float:
-        """Seconds until a probe may go through; 0 when one may, or nothing is in its way."""
+        """Seconds until a probe may go through; 0 also when one may, or is under way."""
         if self.state is BreakerState.CLOSED:
             return 0.0
         return max(0.0, self.opened_at + self.cooldown_s - now)
 
-    def began(self, now: float) -> bool:
-        """A call that `allows` let through goes; True if it is the one probe."""
-        if self.state is BreakerState.CLOSED:
-            return False
-        assert self.allows(now)
-        self.state, self.is_probing = BreakerState.HALF_OPEN, True
-        return True
+    def began(self, now: float) -> int:
+        """A call that `allows` let through goes; what it is known by when it ends."""
+        if self.state is not BreakerState.CLOSED:
+            assert self.allows(now)
+            self.state, self.is_probing = BreakerState.HALF_OPEN, True
+            self._era += 1
+        return self._era
 
-    def succeeded(self, *, probe: bool) -> bool:
-        """A call ended well; True if the state changed. Late news of calls made before it opened
-        changes nothing: only the probe closes it."""
-        if self.state is BreakerState.CLOSED:
-            self.count = 0
-            return False
-        if not probe:
-            return False
-        self.reset()
-        return True
+    def succeeded(self, era: int) -> None:
+        """A call ended well: the count begins anew, and a probe closes the breaker."""
+        if era == self._era:
+            if self.state is BreakerState.CLOSED:
+                self.count = 0
+            else:
+                self.reset()
 
-    def failed(self, now: float, *, probe: bool) -> bool:
-        """A call met a fault; True if the state changed."""
+    def failed(self, era: int, now: float) -> None:
+        """A call met a fault: it counts, and opens the breaker if it is one too many or a probe."""
+        if era != self._era:
+            return
         self.count += 1
-        is_due = self.state is BreakerState.CLOSED and self.count >= self.failures
-        if not is_due and not probe:
-            return False
-        self.state, self.opened_at, self.is_probing = BreakerState.OPEN, now, False
-        return True
+        if self.is_probing or self.count >= self.failures:
+            self.state, self.opened_at, self.is_probing = BreakerState.OPEN, now, False
+            self._era += 1
 
-    def left(self, *, probe: bool) -> None:
-        """A call ended without saying anything of the target; another probe may go."""
-        if probe:
-            self.is_probing = False
+    def left(self, era: int) -> bool:
+        """A call ended without saying anything of the target; True: another probe may go."""
+        if era != self._era or not self.is_probing:
+            return False
+        self.is_probing = False
+        return True
 
     def reset(self) -> None:
-        """The target is another one now: a new process."""
+        """The target is well, or another one now: a new process."""
         self.state, self.count, self.is_probing = BreakerState.CLOSED, 0, False
+        self._era += 1

@@ -4,7 +4,7 @@ Pure: monotonic seconds. A caller may shorten the deadline and never extend it (
 R046-R049, C13, C15; contract, Deadlines). The phase that expires first is named.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from enum import StrEnum
 
 
@@ -32,12 +32,6 @@ class Limits:
     stream_total_s: float
     cleanup_s: float
 
-    def shortened(self, request_s: float | None) -> "Limits":
-        """With the caller's own limit where that is shorter."""
-        if request_s is None or request_s >= self.request_s:
-            return self
-        return replace(self, request_s=request_s)
-
 
 @dataclass(frozen=True, slots=True)
 class Due:
@@ -50,44 +44,51 @@ class Due:
 
 @dataclass(slots=True)
 class Deadline:
-    """Where one request stands. The gateway sets the times as they come; `due` says what ends it."""
+    """Where one request stands. The gateway sets the times as they come; `due` says what ends it.
+
+    `own_s` is the caller's own limit, seconds from the arrival; it counts where it is the shorter.
+    The connection to the engine has a limit of its own (Phase.CONNECT), kept by who makes it.
+    """
 
     limits: Limits
     arrived: float
     is_stream: bool = False
-    is_shortened: bool = False  # by the caller
+    own_s: float | None = None
     queued_at: float = 0.0  # later than `arrived` when it waits a second time
     slot_at: float | None = None
     first_byte_at: float | None = None
-    last_byte_at: float = 0.0
+    last_byte_at: float = 0.0  # set with the first one
 
     @property
-    def request_at(self) -> float:
-        return self.arrived + self.limits.request_s
+    def answer_by(self) -> float:
+        """When the answer must have begun: hive keeps `cleanup_s` back for itself, callers do not."""
+        by = self.arrived + self.limits.request_s - self.limits.cleanup_s
+        return by if self.own_s is None else min(by, self.arrived + self.own_s)
 
     @property
     def due(self) -> Due:
         """The limit that ends the request next."""
         limits = self.limits
-        request = Due(self.request_at, Phase.REQUEST, limits.request_s)
         if self.slot_at is None:
             queued_at = max(self.arrived, self.queued_at)
-            queue = Due(queued_at + limits.queue_s, Phase.QUEUE, limits.queue_s)
-            return min(queue, request, key=lambda due: due.at)
-        if self.first_byte_at is None:
+            candidates = [Due(queued_at + limits.queue_s, Phase.QUEUE, limits.queue_s)]
+            candidates.append(self._request())
+        elif self.first_byte_at is None:
             name = Phase.FIRST_TOKEN if self.is_stream else Phase.INFERENCE
-            inference = Due(self.slot_at + limits.inference_s, name, limits.inference_s)
-            if self.is_shortened:
-                # The caller's own limit is for the whole answer's begin: nothing is kept back.
-                return min(inference, request, key=lambda due: due.at)
-            cleanup = Due(self.request_at - limits.cleanup_s, name, limits.inference_s)
-            return min(inference, cleanup, key=lambda due: due.at)
-        stall = Due(self.last_byte_at + limits.stall_s, Phase.STALL, limits.stall_s)
-        if not (self.is_stream and limits.stream_total_s):
-            return stall
-        total = Due(self.slot_at + limits.stream_total_s, Phase.TOTAL, limits.stream_total_s)
-        return min(stall, total, key=lambda due: due.at)
+            by = self.arrived + limits.request_s - limits.cleanup_s
+            at = min(self.slot_at + limits.inference_s, by)
+            candidates = [Due(at, name, limits.inference_s)]
+            if self.own_s is not None:
+                candidates.append(self._request())
+        else:
+            candidates = [Due(self.last_byte_at + limits.stall_s, Phase.STALL, limits.stall_s)]
+            if self.is_stream and limits.stream_total_s:
+                total_s = limits.stream_total_s
+                candidates.append(Due(self.slot_at + total_s, Phase.TOTAL, total_s))
+        return min(candidates, key=lambda due: due.at)
 
-    def left_s(self, now: float) -> float:
-        """Seconds until the answer must have begun."""
-        return self.request_at - now
+    def _request(self) -> Due:
+        limit_s = self.limits.request_s
+        if self.own_s is not None:
+            limit_s = min(limit_s, self.own_s)
+        return Due(self.arrived + limit_s, Phase.REQUEST, limit_s)

@@ -6,7 +6,7 @@ of EngineCore or a Worker. A stopped process (state T) makes no progress, whatev
 tree burn while they wait for it (design, Progress; R050, R051).
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,10 +27,13 @@ class Progress:
         self._last: Signs | None = None
 
     def see(self, signs: Signs, now: float) -> None:
-        last, self._last = self._last, signs
+        last = self._last
+        if last is not None and signs.counters is None:
+            signs = replace(signs, counters=last.counters)  # a look that failed tells nothing
+        self._last = signs
         if last is None or signs.is_stopped:
             return
-        counters = signs.counters is not None and signs.counters != last.counters
+        counters = last.counters is not None and signs.counters != last.counters
         if counters or signs.cpu_s > last.cpu_s or signs.relayed != last.relayed:
             self.at = now
 
@@ -41,7 +44,7 @@ class Progress:
 
 def abort_is_lost(asked_at: float, progress: Progress, now: float, cleanup_s: float) -> bool:
     """Whether an abort that is not confirmed will not be: its time is over, and nothing moves."""
-    return now - asked_at >= cleanup_s <= progress.still_s(now)
+    return now - asked_at >= cleanup_s and progress.still_s(now) >= cleanup_s
 
 
 def work_is_lost(progress: Progress, busy_since: float, now: float, longest_s: float) -> bool:

@@ -2,9 +2,17 @@
 
 from collections import deque
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 WINDOW_S = 60.0
 BUSY_HINT_S = 1.0  # nobody knows when this caller's own requests end
+
+
+class Refusal(NamedTuple):
+    """Which limit is reached, by its setting's name, and the seconds to wait."""
+
+    limit: str
+    wait_s: float
 
 
 @dataclass(slots=True)
@@ -16,14 +24,14 @@ class Quota:
     in_flight: int = 0
     _taken: deque[float] = field(default_factory=deque)
 
-    def take(self, now: float) -> float | None:
-        """None: the request counts from now on. Else the seconds to wait; nothing was counted."""
-        while self._taken and now - self._taken[0] >= WINDOW_S:
+    def take(self, now: float) -> Refusal | None:
+        """None: the request counts from now on. Else why not; nothing was counted."""
+        while self._taken and now >= self._taken[0] + WINDOW_S:
             self._taken.popleft()
         if self.per_minute and len(self._taken) >= self.per_minute:
-            return self._taken[0] + WINDOW_S - now
+            return Refusal("requests_per_minute", self._taken[0] + WINDOW_S - now)
         if self.max_concurrent and self.in_flight >= self.max_concurrent:
-            return BUSY_HINT_S
+            return Refusal("max_concurrent", BUSY_HINT_S)
         self.in_flight += 1
         if self.per_minute:
             self._taken.append(now)
@@ -31,8 +39,3 @@ class Quota:
 
     def give_back(self) -> None:
         self.in_flight -= 1
-
-    @property
-    def is_full(self) -> bool:
-        """Whether it is the requests at once, not those in a minute, that are too many."""
-        return bool(self.max_concurrent) and self.in_flight >= self.max_concurrent

@@ -1,7 +1,8 @@
 """How often and how long apart what failed is tried again: one table for all of hive (C1-C4).
 
 `calls` counts the first one, too. Jitter belongs to the row: added seconds, or a share of the
-delay. A retry that does not fit into the caller's deadline is not begun (C3).
+delay. Whoever retries does not begin what does not fit into its caller's deadline (C3); an exhausted
+retry names the delay that would have come next.
 """
 
 from dataclasses import dataclass
@@ -17,7 +18,7 @@ class RetryPolicy:
     jitter_share: float = 0.0
 
     def delay_s(self, calls: int, chance: float) -> float:
-        """Seconds to wait after `calls` calls have failed; `chance` is from 0 to 1."""
+        """Seconds to wait after `calls` calls (1 or more) have failed; `chance` is from 0 to 1."""
         delay = self.delays[min(calls, len(self.delays)) - 1]
         return delay * (1 + self.jitter_share * chance) + self.jitter_s * chance
 
@@ -32,7 +33,7 @@ def _doubling(first: float, count: int, cap: float = 3600.0) -> tuple[float, ...
 
 RETRIES = {
     # To a worker's engine: transport errors before the first byte of an answer (R001-R003).
-    "network": RetryPolicy(5, _doubling(1.0, 4), jitter_s=1.0),
+    "network": RetryPolicy(5, _doubling(1.0, 5), jitter_s=1.0),
     # The command line to the daemon, which may be starting just now (EC1, EH-002a).
     "connect": RetryPolicy(3, (0.2, 0.4)),
 }

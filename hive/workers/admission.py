@@ -27,10 +27,11 @@ class Permit:
     `weight` is how many requests of the engine's own it stands for: `n`, and lists of prompts.
     """
 
-    def __init__(self, door: "Door", ticket: Ticket, worker: Worker, *, is_probe: bool) -> None:
+    def __init__(self, door: "Door", ticket: Ticket, worker: Worker, era: int) -> None:
+        """`era` is what the worker's breaker knows it by."""
         self.door, self.ticket, self.worker = door, ticket, worker
         self.life = worker.take()
-        self.is_probe = is_probe
+        self._era = era
         self._weight = 0
         self._is_closed = self._is_judged = False
 
@@ -73,7 +74,7 @@ class Permit:
         """What the attempt says of the worker, once; None is nothing."""
         if not self._is_judged:
             self._is_judged = True
-            self.door.judge(self.worker, fault=fault, is_probe=self.is_probe)
+            self.door.judge(self.worker, self._era, fault=fault)
 
     def _close(self) -> None:
         if not self._is_closed:
@@ -179,33 +180,36 @@ class Door:
         """Follow a worker's state; a new process is a new start for its breaker."""
         if worker.state is State.READY and not self.is_draining:
             breaker = self.breakers[worker.id]
-            if breaker.state is not BreakerState.CLOSED:
-                self._breaker_moved(worker, breaker.reset)
+            old = breaker.state
             breaker.reset()
+            self._breaker_moved(worker, old)
             self._stop_cooling(worker)
             self._let_in(self.room.open(worker.id, time.monotonic()))
         else:
             self._stop_cooling(worker)
             self._turn_away(self.room.close(worker.id))
 
-    def judge(self, worker: Worker, *, fault: bool | None, is_probe: bool) -> None:
+    def judge(self, worker: Worker, era: int, *, fault: bool | None) -> None:
         """Note how an attempt ended: a fault, a success (False), or neither (None)."""
         breaker, now = self.breakers[worker.id], time.monotonic()
+        old = breaker.state
         if fault is None:
-            breaker.left(probe=is_probe)
-            if is_probe and worker.state is State.READY:
+            if breaker.left(era):
                 self._half_open(worker)
         elif fault:
-            if self._breaker_moved(worker, lambda: breaker.failed(now, probe=is_probe)):
-                self._turn_away(self.room.close(worker.id))
-                self._stop_cooling(worker)
-                self._cooling[worker.id] = asyncio.get_running_loop().call_later(
-                    breaker.cooldown_s, self._half_open, worker
-                )
+            breaker.failed(era, now)
         else:
-            has_closed = self._breaker_moved(worker, lambda: breaker.succeeded(probe=is_probe))
-            if has_closed and worker.state is State.READY and not self.is_draining:
-                self._let_in(self.room.open(worker.id, now))
+            breaker.succeeded(era)
+        if not self._breaker_moved(worker, old):
+            return
+        if breaker.state is BreakerState.OPEN:
+            self._turn_away(self.room.close(worker.id))
+            self._stop_cooling(worker)
+            self._cooling[worker.id] = asyncio.get_running_loop().call_later(
+                breaker.cooldown_s, self._half_open, worker
+            )
+        elif worker.state is State.READY and not self.is_draining:
+            self._let_in(self.room.open(worker.id, now))
 
     def _half_open(self, worker: Worker) -> None:
         self._cooling.pop(worker.id, None)
@@ -216,10 +220,9 @@ class Door:
         if timer := self._cooling.pop(worker.id, None):
             timer.cancel()
 
-    def _breaker_moved(self, worker: Worker, change: Callable[[], object]) -> bool:
+    def _breaker_moved(self, worker: Worker, old: BreakerState) -> bool:
+        """Announce its breaker's change since it was `old`; False if there is none."""
         breaker = self.breakers[worker.id]
-        old = breaker.state
-        change()
         if breaker.state is old:
             return False
         self.announcer.announce(
@@ -237,14 +240,11 @@ class Door:
     def _permit(self, ticket: Ticket) -> Permit:
         assert ticket.worker is not None
         worker = self.workers[ticket.worker]
-        breaker, is_probe = self.breakers[worker.id], False
-
-        def go() -> None:
-            nonlocal is_probe
-            is_probe = breaker.began(time.monotonic())
-
-        self._breaker_moved(worker, go)
-        return Permit(self, ticket, worker, is_probe=is_probe)
+        breaker = self.breakers[worker.id]
+        old = breaker.state
+        era = breaker.began(time.monotonic())
+        self._breaker_moved(worker, old)
+        return Permit(self, ticket, worker, era)
 
     def _let_in(self, tickets: Iterable[Ticket]) -> None:
         for ticket in tickets:

@@ -1,0 +1,78 @@
+"""The table of retries: how many calls, how far apart, and how much chance may add."""
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from hive.policy.retries import RETRIES, RetryPolicy
+
+NETWORK = RETRIES["network"]
+rows = st.sampled_from(sorted(RETRIES)).map(RETRIES.__getitem__)
+chances = st.floats(0, 1)
+delays = st.lists(st.floats(0, 1000), min_size=1, max_size=8).map(tuple)
+policies = st.builds(
+    RetryPolicy,
+    calls=st.integers(1, 9),
+    delays=delays,
+    jitter_s=st.floats(0, 10),
+    jitter_share=st.floats(0, 1),
+)
+
+
+def calls_made(policy: RetryPolicy) -> int:
+    """How often something that always fails is called."""
+    calls = 1
+    while policy.allows(calls):
+        calls += 1
+    return calls
+
+
+def test_the_network_is_tried_five_times_with_doubling_delays() -> None:
+    """(R001, R002, C1)"""
+    assert calls_made(NETWORK) == 5
+    assert [NETWORK.delay_s(calls, 0.0) for calls in range(1, 5)] == [1, 2, 4, 8]
+
+
+@given(st.integers(1, 4), chances)
+def test_up_to_a_second_is_added_to_each_delay_of_the_network(calls: int, chance: float) -> None:
+    """(R003, C4)"""
+    added_s = NETWORK.delay_s(calls, chance) - NETWORK.delay_s(calls, 0.0)
+
+    assert added_s == pytest.approx(chance)
+    assert NETWORK.delay_s(calls, 1.0) == NETWORK.delay_s(calls, 0.0) + 1.0
+
+
+@given(policies)
+def test_the_first_call_counts(policy: RetryPolicy) -> None:
+    """(C1)"""
+    assert calls_made(policy) == policy.calls
+    assert not policy.allows(policy.calls + 1)
+
+
+@given(policies, st.integers(1, 20))
+def test_each_delay_is_the_one_in_the_row_and_the_last_one_repeats(
+    policy: RetryPolicy, calls: int
+) -> None:
+    endless = [*policy.delays, *[policy.delays[-1]] * 20]
+
+    assert policy.delay_s(calls, 0.0) == endless[calls - 1]
+
+
+@given(policies, st.integers(1, 20), chances)
+def test_chance_adds_what_the_row_allows_and_takes_nothing_away(
+    policy: RetryPolicy, calls: int, chance: float
+) -> None:
+    """Seconds, or a share of the delay (C4)."""
+    least, most = policy.delay_s(calls, 0.0), policy.delay_s(calls, 1.0)
+
+    assert least <= policy.delay_s(calls, chance) <= most * (1 + 1e-9)
+    assert most == pytest.approx(least * (1 + policy.jitter_share) + policy.jitter_s)
+
+
+@given(rows)
+def test_every_row_ends_and_its_delays_never_shrink(policy: RetryPolicy) -> None:
+    """(C1, C2)"""
+    assert 1 < calls_made(policy) <= 8
+    assert sorted(policy.delays) == list(policy.delays)
+    assert policy.delays[0] > 0
+    assert policy.jitter_s > 0 or policy.jitter_share > 0
