@@ -45,7 +45,8 @@ bench: $(STAMP)
 # Many times over what `make test` does once, on doubles and on the real vLLM: half an hour, an hour
 # at most. Each test prints its seed, and says in its file how to repeat it or let it run longer.
 soak: model
-	$(BIN)/python -m pytest steps/test_kills.py steps/test_soak.py steps/test_real_kills.py \
+	$(BIN)/python -m pytest steps/test_kills.py steps/test_soak.py steps/test_overload.py \
+	  steps/test_permits.py steps/test_real_kills.py \
 	  --soak -s --session-timeout=3600
 
 # What only a GPU can show; HIVE_GPU_PYTHON names a Python with torch for CUDA (docs/gpu.md).

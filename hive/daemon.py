@@ -4,44 +4,41 @@ Read `serve` downwards for the order of starting, upwards for the order of stopp
 """
 
 import asyncio
-import errno
-import fcntl
+import contextlib
 import gc
 import logging
 import os
 import signal
 import socket
+import threading
 import time
-from collections.abc import AsyncIterator, Iterator, Mapping
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator, Mapping
 from contextlib import asynccontextmanager, contextmanager
-
-from aiohttp import web
+from typing import Any, TypeVar, cast
 
 from hive.devices import nvml
 from hive.devices.watch import Devices
 from hive.errors import (
-    AddressInUse,
-    ConfigInvalid,
     CudaDeviceNotFound,
     CudaDriverMissing,
 )
 from hive.events import Announcer, DaemonMoved
 from hive.gateway.app import Gateway
+from hive.gateway.listener import listening, raise_descriptor_limit
 from hive.policy.lifecycle import State
 from hive.settings import Settings
 from hive.telemetry import logs, systemd
 from hive.telemetry.metrics import Metrics
-from hive.workers import cgroup, guard, preflight
+from hive.workers import cgroup, directories, guard, preflight
 from hive.workers.fleet import Fleet
 from hive.workers.janitor import sweep
 from hive.workers.ledger import Ledger
 
 log = logging.getLogger(__name__)
+Result = TypeVar("Result")
 
-BACKLOG = 1024
 DRIVER_LOOK_S = 0.5  # how often a driver that is late at boot is looked for
 RECHECK_S = 10.0  # how often leaks that are known are looked at again
-CLOSE_S = 2.0  # for handlers to end after their workers did
 
 
 async def serve(settings: Settings) -> None:
@@ -60,6 +57,7 @@ async def serve_supervised(
 ) -> None:
     """`serve`, once who started hive is known; `inherited` replaces server.host and port."""
     stop_asked = stop_signals()
+    most_connections = raise_descriptor_limit()
     preflight.prepare_directories(settings)
     with only_daemon(settings):
         announcer = Announcer()
@@ -68,11 +66,11 @@ async def serve_supervised(
         # Orphans of a killed guard come to hive, not to init.
         guard.become_subreaper()
         ledger = Ledger(settings.server.state_dir / "ledger", announcer.announce)
-        # Before the preflight: what an earlier life left would hold the devices.
-        for found in await sweep(ledger, settings.server.runtime_dir):
-            log.warning("left by an earlier hive: %s", found)
         driver = nvml.Driver(settings.server.driver_call_s)
-        resolved = await passed_preflight(settings, driver)
+        resolved = await unless(stop_asked.first, prepared(settings, ledger, driver))
+        if resolved is None:  # stopped before anything was started
+            announcer.announce(DaemonMoved("stopped"))
+            return
         devices = Devices(driver, resolved, announcer)
         groups = await asyncio.to_thread(cgroup.find)
         fleet = Fleet(settings, devices, ledger, announcer, groups)
@@ -88,7 +86,7 @@ async def serve_supervised(
         async with (
             metrics.measuring_lag(),
             rechecking(ledger),
-            listening(gateway, settings, announcer, inherited),
+            listening(gateway.app, settings, announcer, inherited, most_connections),
             fleet.running(),
             devices.watching(),
         ):
@@ -110,6 +108,58 @@ async def serve_supervised(
             raise error
 
 
+async def prepared(
+    settings: Settings, ledger: Ledger, driver: nvml.Driver
+) -> Mapping[str, nvml.Device]:
+    """The configured devices, when nothing is left of an earlier life and nothing is wrong."""
+    # Before the preflight: what an earlier life left would hold the devices.
+    for found in await sweep(ledger, settings.server.runtime_dir):
+        log.warning("left by an earlier hive: %s", found)
+    return await passed_preflight(settings, driver)
+
+
+async def unless(stopped: asyncio.Event, work: Coroutine[Any, Any, Result]) -> Result | None:
+    """What the work comes to; None if it is to be stopped before that."""
+    working = asyncio.ensure_future(work)
+    stopping = asyncio.ensure_future(stopped.wait())
+    try:
+        await asyncio.wait({working, stopping}, return_when=asyncio.FIRST_COMPLETED)
+        if working.done():
+            return await working
+        working.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await working
+        return None
+    finally:
+        stopping.cancel()
+
+
+async def in_its_own_thread(work: Callable[[], Result]) -> Result:
+    """Like asyncio.to_thread, but the end of hive does not wait for it."""
+    loop = asyncio.get_running_loop()
+    done: asyncio.Future[Result] = loop.create_future()
+
+    def tell(result: Result | None, error: BaseException | None) -> None:
+        if done.done():
+            return
+        if error is not None:
+            done.set_exception(error)
+        else:
+            done.set_result(cast(Result, result))
+
+    def run() -> None:
+        result, error = None, None
+        try:
+            result = work()
+        except BaseException as exc:  # noqa: BLE001 (it is raised where it is waited for)
+            error = exc
+        with contextlib.suppress(RuntimeError):  # the loop has ended meanwhile
+            loop.call_soon_threadsafe(tell, result, error)
+
+    threading.Thread(target=run, daemon=True).start()
+    return await done
+
+
 async def passed_preflight(settings: Settings, driver: nvml.Driver) -> Mapping[str, nvml.Device]:
     """The configured devices, once nothing is wrong with anything; at boot the driver may be late.
 
@@ -117,7 +167,7 @@ async def passed_preflight(settings: Settings, driver: nvml.Driver) -> Mapping[s
     """
     waits_until = time.monotonic() + settings.server.driver_wait_s
     while True:
-        findings, resolved = await asyncio.to_thread(preflight.check, settings, driver)
+        findings, resolved = await in_its_own_thread(lambda: preflight.check(settings, driver))
         wrong = [finding.error for finding in findings if finding.error]
         if not wrong:
             return resolved
@@ -177,14 +227,19 @@ def stop_signals() -> StopAsked:
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, asked.hear)
+    loop.add_signal_handler(
+        signal.SIGHUP, log.warning, "SIGHUP: hive does not reload its settings; restart it"
+    )
     return asked
 
 
 async def stop_fleet(fleet: Fleet, asked: StopAsked) -> None:
-    """Drain and end every worker; a second signal ends the draining."""
+    """Drain and end every worker; a second signal, the first one after a verdict, ends the
+    draining."""
+    haste = asked.first if fleet.verdict else asked.second
     async with asyncio.TaskGroup() as tasks:
         stopping = tasks.create_task(fleet.stop(drain=True), name="stop fleet")
-        hurry = tasks.create_task(asked.second.wait(), name="second signal")
+        hurry = tasks.create_task(haste.wait(), name="second signal")
         await asyncio.wait({stopping, hurry}, return_when=asyncio.FIRST_COMPLETED)
         if not stopping.done():
             for worker in fleet.workers.values():
@@ -194,88 +249,13 @@ async def stop_fleet(fleet: Fleet, asked: StopAsked) -> None:
         hurry.cancel()
 
 
-@asynccontextmanager
-async def listening(
-    gateway: Gateway,
-    settings: Settings,
-    announcer: Announcer,
-    inherited: socket.socket | None = None,
-) -> AsyncIterator[None]:
-    """Accept connections while the block runs, on the inherited socket where there is one.
-
-    Raises AddressInUse, or ConfigInvalid when the host cannot be bound.
-    """
-    runner = web.AppRunner(
-        gateway.app,
-        access_log=None,
-        handle_signals=False,
-        handler_cancellation=True,  # a client that leaves cancels its request
-        auto_decompress=False,
-        shutdown_timeout=CLOSE_S,
-        keepalive_timeout=75,
-    )
-    await runner.setup()
-    try:
-        sockets = [inherited] if inherited else bind(settings)
-        for one in sockets:
-            await web.SockSite(runner, one, backlog=BACKLOG).start()
-        host, port = sockets[0].getsockname()[:2]
-        shown = f"[{host}]" if ":" in host else host
-        announcer.announce(DaemonMoved("listening", f"http://{shown}:{port}"))
-        yield
-    finally:
-        await runner.cleanup()
-
-
-def bind(settings: Settings) -> list[socket.socket]:
-    host, port = settings.server.host, settings.server.port
-    try:
-        infos = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
-    except socket.gaierror as exc:
-        raise ConfigInvalid(
-            f"server.host: {host!r} is no address of this host: {exc.strerror}.",
-            action="Set server.host to an address of this host, such as 127.0.0.1.",
-        ) from exc
-    family, kind, protocol, _, address = infos[0]
-    sock = socket.socket(family, kind, protocol)
-    sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-    try:
-        sock.bind(address)
-        sock.listen(BACKLOG)
-    except OSError as exc:
-        sock.close()
-        if exc.errno == errno.EADDRINUSE:
-            raise AddressInUse(f"Port {port} of {host} is in use by another program.") from exc
-        raise ConfigInvalid(
-            f"server.host, server.port: cannot listen on {host}:{port}: {exc.strerror}.",
-            action="Set server.host and server.port to an address that hive may listen on.",
-        ) from exc
-    sock.setblocking(False)
-    return [sock]
-
-
 @contextmanager
 def only_daemon(settings: Settings) -> Iterator[None]:
     """Hold both directories: two daemons in one would sweep each other's workers away."""
-    held = []
-    try:
-        for key in ("state_dir", "runtime_dir"):
-            path = getattr(settings.server, key) / "hive.lock"
-            if not path.parent.is_dir():
-                continue  # of `hive sweep`, which makes none: there is nothing to sweep in it
-            fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-            held.append(fd)
-            try:
-                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError as exc:
-                holder = os.pread(fd, 32, 0).decode(errors="replace").strip() or "unknown"
-                raise ConfigInvalid(
-                    f"server.{key}: another hive (pid {holder}) runs in {path.parent}.",
-                    action=f"Stop that hive, or set server.{key} to another directory.",
-                ) from exc
-            os.ftruncate(fd, 0)
-            os.pwrite(fd, f"{os.getpid()}\n".encode(), 0)
+    with contextlib.ExitStack() as held:
+        for key, path in directories.both(settings):
+            with directories.usable(key, path):
+                is_there = path.exists()
+            if is_there:  # `hive sweep` makes none: there is nothing to sweep in it
+                held.enter_context(directories.only_hive(key, path))
         yield
-    finally:
-        for fd in held:
-            os.close(fd)

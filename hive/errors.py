@@ -9,6 +9,7 @@ import math
 from collections.abc import Iterator, Mapping
 from datetime import UTC, datetime
 from enum import StrEnum
+from functools import cache
 from typing import Any, ClassVar
 
 
@@ -613,6 +614,7 @@ def every_error() -> Iterator[type[HiveError]]:
     yield from below(HiveError)
 
 
+@cache
 def by_code(code: str) -> type[HiveError] | None:
     """The class for a code (`WORKER_CRASHED`) or number (`CWM-2001`), in any case; else None."""
     wanted = code.strip().upper()

@@ -107,13 +107,14 @@ class DeviceRead(Event):
 
 @dataclass(frozen=True, slots=True)
 class XidSeen(Event):
-    """The driver reported an Xid: `kind` is device, application or note."""
+    """The driver reported an Xid, `count` times at once: `kind` is device, application or note."""
 
     device: str
     xid: int
     kind: str
     meaning: str
     after_own_kill: bool
+    count: int = 1
 
 
 @dataclass(frozen=True, slots=True)

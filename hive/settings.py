@@ -6,13 +6,15 @@ key, what was given, what would be right and the nearest known key (R020, R049, 
 """
 
 import difflib
+import errno
 import os
 import re
+import stat
 import tomllib
 from collections.abc import Iterator, Mapping
 from ipaddress import ip_address
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, BinaryIO, Literal, Self
 
 from pydantic import (
     AfterValidator,
@@ -37,6 +39,7 @@ from hive.errors import ConfigInvalid
 
 DEFAULT_FILES = (Path("hive.toml"), Path("/etc/hive/hive.toml"))
 SOCKET_PATH_BYTES = 107  # sun_path less the closing NUL
+PATH_BYTES, NAME_BYTES = 4095, 255  # the kernel's limits of a path, and of each part of it
 NAME = re.compile(r"[A-Za-z0-9](?:[A-Za-z0-9._-]{0,62}[A-Za-z0-9])?\Z")
 _GPU_DEVICE = re.compile(r"(cuda:(0|[1-9][0-9]{0,2})|GPU-[0-9a-fA-F-]{8,36})\Z")
 
@@ -50,6 +53,44 @@ def _device(value: str) -> str:
     raise PydanticCustomError(
         "device", 'a device is "cuda:N" (NVML\'s N), "GPU-<uuid>" or "cpu"; hive never chooses one'
     )
+
+
+def _text(value: str) -> str:
+    """What the kernel takes as an argument, a variable or a name: all but NUL."""
+    if "\0" in value:
+        raise PydanticCustomError("nul", "a NUL character cannot be part of it")
+    return value
+
+
+def _location(value: str) -> str:
+    """A path, or what may be one, that the kernel would look up."""
+    encoded = os.fsencode(_text(value))
+    if len(encoded) > PATH_BYTES or max(map(len, encoded.split(b"/"))) > NAME_BYTES:
+        raise PydanticCustomError(
+            "path_length",
+            "a path has at most {path} bytes, and each part of it {name}",
+            {"path": PATH_BYTES, "name": NAME_BYTES},
+        )
+    return value
+
+
+def _path(value: Path) -> Path:
+    return Path(_location(str(value)))
+
+
+def _variable(name: str) -> str:
+    if not name or "=" in name:
+        raise PydanticCustomError("variable", "the name of a variable is not empty and has no '='")
+    return name
+
+
+def _host(value: str) -> str:
+    """A name or address that can be looked up at all."""
+    try:
+        _text(value).encode("idna")
+    except UnicodeError as exc:
+        raise PydanticCustomError("host", "this is neither an address nor a host's name") from exc
+    return value
 
 
 def _as_devices(value: object) -> object:
@@ -71,6 +112,9 @@ def _refuse(problems: Iterator[str]) -> None:
 
 
 Device = Annotated[str, AfterValidator(_device)]
+Text = Annotated[str, AfterValidator(_text)]
+Location = Annotated[str, Field(min_length=1), AfterValidator(_location)]
+FilePath = Annotated[Path, AfterValidator(_path)]
 # One worker's devices: one, or several for tensor parallelism.
 Devices = Annotated[
     tuple[Device, ...],
@@ -103,21 +147,20 @@ def _default_runtime_dir() -> Path:
 class Server(Section):
     """Where hive listens, where it keeps things, and what it does on a GPU error."""
 
-    host: str = Field(
+    host: Annotated[str, Field(min_length=1), AfterValidator(_host)] = Field(
         "127.0.0.1",
-        min_length=1,
         description="Address to listen on; anything but loopback needs API keys.",
     )
     port: int = Field(
         7411, ge=0, le=65535, description="TCP port; 0 lets the kernel choose (it is logged)."
     )
-    state_dir: Path = Field(
+    state_dir: FilePath = Field(
         default_factory=_default_state_dir,
-        description="Logs, journals and windows; made 0700. Default: $STATE_DIRECTORY, else $XDG_STATE_HOME/hive.",
+        description="Logs, journals and windows; made 0700, and for hive's user to write alone. Default: $STATE_DIRECTORY, else $XDG_STATE_HOME/hive.",
     )
-    runtime_dir: Path = Field(
+    runtime_dir: FilePath = Field(
         default_factory=_default_runtime_dir,
-        description="Sockets and engines' temporary files; made 0700. Default: $RUNTIME_DIRECTORY, else $XDG_RUNTIME_DIR/hive.",
+        description="Sockets and engines' temporary files; made 0700, and for hive's user to write alone. Default: $RUNTIME_DIRECTORY, else $XDG_RUNTIME_DIR/hive.",
     )
     gpu_error_policy: Literal["exit", "quarantine"] = Field(
         "exit", description="What a device fault does at run time."
@@ -146,7 +189,10 @@ class Server(Section):
     @field_validator("state_dir", "runtime_dir")
     @classmethod
     def _absolute(cls, value: Path) -> Path:
-        return value.expanduser().absolute()
+        try:
+            return value.expanduser().absolute()
+        except RuntimeError as exc:
+            raise PydanticCustomError("home", "there is no such user's home directory") from exc
 
     @property
     def is_loopback(self) -> bool:
@@ -281,8 +327,8 @@ class Model(Section):
     engine: Literal["vllm", "command"] = Field(
         description="vllm, or command for any OpenAI-compatible server."
     )
-    path: str | None = Field(
-        None, min_length=1, description="Directory of the model, or a hub id (engine vllm)."
+    path: Location | None = Field(
+        None, description="Directory of the model, or a hub id (engine vllm)."
     )
     device: Devices | None = Field(
         None,
@@ -308,19 +354,19 @@ class Model(Section):
         (), description="Models named in VRAM errors' hints; never switched to."
     )
     windows: bool = Field(False, description="LMCache beside it, for context windows.")
-    args: tuple[str, ...] = Field((), description="Arguments passed on to the engine.")
-    env: dict[str, str] = Field(
+    args: tuple[Text, ...] = Field((), description="Arguments passed on to the engine.")
+    env: dict[Annotated[Text, AfterValidator(_variable)], Text] = Field(
         default_factory=dict, description="Environment added for the engine."
     )
-    python: Path | None = Field(
+    python: FilePath | None = Field(
         None,
         description="Python of the engine's environment; default: the one `hive engine install` made.",
     )
-    command: tuple[str, ...] = Field(
+    command: tuple[Text, ...] = Field(
         (),
         description="Program and arguments (engine command); {socket}, {model} and {device} are filled in.",
     )
-    health_path: str = Field(
+    health_path: Text = Field(
         "/health", pattern=r"^/", description="Path that answers 200 when the engine is up."
     )
     probe: Literal["completion", "chat", "embedding", "health"] | None = Field(
@@ -384,6 +430,7 @@ class Settings(BaseSettings):
             self._check_models(),
             self._check_binding(),
             self._check_sharing(),
+            self._check_directories(),
             self._check_socket_path(),
         )
         _refuse(problem for check in checks for problem in check)
@@ -433,6 +480,14 @@ class Settings(BaseSettings):
                     f"{', '.join(names)} share {device}: each must state its VRAM (kv_cache_gib or "
                     f"required_vram_gib); missing for {', '.join(silent)}"
                 )
+
+    def _check_directories(self) -> Iterator[str]:
+        state, runtime = self.server.state_dir, self.server.runtime_dir
+        if os.path.realpath(state) == os.path.realpath(runtime):
+            yield (
+                f"server.state_dir and server.runtime_dir are the same directory ({runtime}): what "
+                "hive keeps and what it clears away need one each"
+            )
 
     def _check_socket_path(self) -> Iterator[str]:
         # A worker's own socket is w/N/s; vLLM makes others named by a UUID in w/N/t.
@@ -527,19 +582,35 @@ def load(
     return settings
 
 
-def _read(path: Path) -> dict[str, Any]:
+def open_regular(path: Path, flags: int = 0) -> BinaryIO:
+    """A file, for reading. Raises OSError; a pipe or a device is refused, not waited for."""
+    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY | flags)
+    if not stat.S_ISREG(os.fstat(fd).st_mode):
+        os.close(fd)
+        raise OSError(errno.EINVAL, "it is not a regular file", str(path))
+    return open(fd, "rb")
+
+
+def text_of(path: Path) -> str:
+    """What a configuration file says. Raises ConfigInvalid."""
     try:
-        return tomllib.loads(path.read_bytes().decode())
-    except OSError as exc:
-        raise ConfigInvalid(
-            f"{path}: cannot be read: {exc.strerror}.",
-            action="Name an existing, readable file with --config FILE.",
-        ) from exc
+        with open_regular(path) as file:
+            return file.read().decode()
     except UnicodeDecodeError as exc:
         raise ConfigInvalid(
             f"{path}: is not UTF-8 (byte {exc.start}).", action="Save the file as UTF-8."
         ) from exc
-    except tomllib.TOMLDecodeError as exc:
+    except (OSError, ValueError) as exc:  # ValueError: a NUL in its name
+        raise ConfigInvalid(
+            f"{path}: cannot be read: {getattr(exc, 'strerror', None) or exc}.",
+            action="Name an existing, readable file with --config FILE.",
+        ) from exc
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        return tomllib.loads(text_of(path))
+    except (ValueError, RecursionError) as exc:  # not only TOMLDecodeError: a number of 5000 digits
         raise ConfigInvalid(
             f"{path}: is not TOML: {exc}.", action="Correct the line that is named."
         ) from exc

@@ -10,6 +10,7 @@ pytest_plugins = [
     "steps.driver",
     "steps.real",
     "steps.deaths",
+    "steps.hanging_engine",
     "steps.story",
     "steps.daemon",
     "steps.workers",

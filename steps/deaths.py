@@ -14,6 +14,7 @@ import pytest
 from pytest_bdd import given, parsers, then, when
 
 from hive.workers import guard
+from steps import leaks
 from steps.driver import Hive
 from steps.waiting import must
 
@@ -107,7 +108,7 @@ def _kill(served: Hive, victim: str, killed_at: list[float]) -> OldEngine:
     worker = served.worker()
     processes = served.tree()
     (home,) = (served.runtime / "w").iterdir()
-    shm = {name for p in processes for name in guard.shared_memory(p.pid)}
+    shm = {name for p in processes for name in leaks.shm_of(p.pid)}
     shm |= {name for name in os.listdir(guard.SHM) if name.startswith("sem.mp-")}
     core = next(p.pid for p in processes if p.name.startswith("VLLM::EngineCor"))
     pid = {"API server": worker["pid"], "EngineCore": core, "guard": worker["guard_pid"]}[victim]

@@ -66,8 +66,14 @@ def _unmapped_shm() -> set[str]:
         mine = {p.pid for p in _ours()}
         for process in guard.every_process():
             if process.pid not in mine:
-                names -= guard.shared_memory(process.pid).keys()
+                names -= shm_of(process.pid)
     return names
+
+
+def shm_of(pid: int) -> set[str]:
+    """Names in /dev/shm that a process maps or has open."""
+    inodes = guard.shared_memory(pid)
+    return {name for name, inode in guard.names_in_shm().items() if inode in inodes}
 
 
 def _descriptors() -> dict[int, str]:

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from hive.workers import guard
+from steps import leaks
 from steps.driver import Answer, Double, Hive, Ran, Stream, chat_body
 from steps.waiting import must
 
@@ -78,7 +79,7 @@ class Story:
         self.processes = self.hive.tree(WORKER)
         self.starts = self.hive.worker(WORKER)["starts"]
         for process in self.processes:
-            self.shared_memory |= guard.shared_memory(process.pid).keys()
+            self.shared_memory |= leaks.shm_of(process.pid)
         self.happened_at = time.monotonic()
 
     def look_at_tree_if_any(self) -> None:

@@ -19,6 +19,7 @@ import pytest
 
 from hive.workers import guard
 from hive.workers.vllm import VITAL
+from steps import leaks
 from steps.driver import Hive, Stream
 from steps.real import START_S
 from steps.waiting import must, until
@@ -165,7 +166,7 @@ class Start:
     @classmethod
     def of(cls, hive: Hive) -> "Start":
         worker, tree = hive.worker(), hive.tree()
-        mapped = {name for process in tree for name in guard.shared_memory(process.pid)}
+        mapped = {name for process in tree for name in leaks.shm_of(process.pid)}
         must(lambda: all(name in hive.records for name in mapped), 5, "the guard's record")
         record = json.loads(hive.records)
         (home,) = (hive.runtime / "w").iterdir()

@@ -712,3 +712,81 @@ def test_sections_can_be_made_without_a_file() -> None:
     """What each part of hive gets is a plain value."""
     assert Server(port=1).port == 1
     assert Auth().keys == ()
+
+
+# ── What the kernel would refuse ────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize(
+    ("line", "key"),
+    [
+        (r'path = "/a\u0000b"', "path"),
+        (r'python = "/a\u0000b"', "python"),
+        (r'args = ["a", "\u0000"]', "args.1"),
+        (r'env = { A = "\u0000" }', "env.A"),
+        (r'env = { "A\u0000" = "b" }', "env"),
+        (r'health_path = "/\u0000"', "health_path"),
+        (r'command = ["\u0000", "{socket}"]', "command.0"),
+    ],
+)
+def test_a_nul_is_refused_where_it_stands(problems: Problems, line: str, key: str) -> None:
+    text = MODEL if not line.startswith("command") else MODEL.replace("command", "args")
+    (problem,) = problems(f"{text}{line}\n")
+
+    assert problem.startswith(f"models.small.{key}")
+    assert "NUL" in problem
+
+
+@pytest.mark.parametrize("key", ["state_dir", "runtime_dir", "host"])
+def test_a_nul_in_the_servers_keys_is_refused(problems: Problems, key: str) -> None:
+    (problem,) = problems(f'[server]\n{key} = "/a\\u0000b"\n{MODEL}')
+
+    assert problem.startswith(f"server.{key}: a NUL character")
+
+
+@pytest.mark.parametrize("name", ["", "A=B"])
+def test_the_name_of_a_variable_must_be_one(problems: Problems, name: str) -> None:
+    (problem,) = problems(f'{MODEL}env = {{ "{name}" = "1" }}\n')
+
+    assert "the name of a variable" in problem
+
+
+@pytest.mark.parametrize("path", ["x" * 256, "/".join(["x" * 200] * 21)])
+@pytest.mark.parametrize("key", ["path", "python"])
+def test_a_path_that_no_kernel_takes_is_refused(problems: Problems, path: str, key: str) -> None:
+    (problem,) = problems(f'{MODEL}{key} = "{path}"\n')
+
+    assert problem.startswith(f"models.small.{key}: a path has at most 4095 bytes")
+
+
+@pytest.mark.parametrize("host", ["a" * 64, "a..b", ".a"])
+def test_a_host_that_cannot_be_looked_up_is_refused(problems: Problems, host: str) -> None:
+    (problem,) = problems(f'[server]\nhost = "{host}"\n{MODEL}')
+
+    assert problem.startswith("server.host: this is neither an address nor a host's name")
+
+
+def test_a_home_of_nobody_is_refused(problems: Problems) -> None:
+    (problem,) = problems(f'[server]\nstate_dir = "~nobody-of-that-name/x"\n{MODEL}')
+
+    assert problem.startswith("server.state_dir: there is no such user's home directory")
+
+
+def test_one_directory_cannot_be_both(problems: Problems, tmp_path: Path) -> None:
+    (tmp_path / "link").symlink_to(tmp_path / "d")
+    server = f'[server]\nstate_dir = "{tmp_path}/d"\nruntime_dir = "{tmp_path}/link/."\n'
+    (problem,) = problems(server + MODEL)
+
+    assert problem.startswith("server.state_dir and server.runtime_dir are the same directory")
+
+
+def test_a_pipe_is_no_configuration_and_is_not_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "h.toml")
+    with pytest.raises(ConfigInvalid, match="it is not a regular file"):
+        load(tmp_path / "h.toml")
+
+
+@pytest.mark.parametrize("value", ["9" * 5000, "[" * 5000])
+def test_a_value_that_no_parser_takes_is_told(loaded: Load, value: str) -> None:
+    with pytest.raises(ConfigInvalid, match="is not TOML"):
+        loaded(f"a = {value}\n{MODEL}")

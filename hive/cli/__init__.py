@@ -9,6 +9,7 @@ from importlib import import_module
 import click
 
 from hive import __version__
+from hive.cli import streams
 from hive.errors import HiveError
 
 # Name -> (module, attribute, help line). The help stands here so that listing imports nothing.
@@ -41,16 +42,12 @@ COMMANDS = {
 }
 
 
-class ReaderLeft(Exception):
-    """Nobody reads our output any more. Not an OSError: click would end the program with 1."""
-
-
 class LazyGroup(click.Group):
     def invoke(self, ctx: click.Context) -> object:
         try:
             return super().invoke(ctx)
         except BrokenPipeError as exc:
-            raise ReaderLeft from exc
+            raise streams.ReaderLeft from exc
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         return list(COMMANDS)
@@ -77,6 +74,18 @@ def hive() -> None:
     """
 
 
+def main(args: list[str]) -> int:
+    """Run one command on this process' own standard output; the exit status."""
+    streams.take_over()
+    try:
+        return run(args)
+    except streams.ReaderLeft:  # `hive status | head`: that is no failure of ours
+        return 0
+    except streams.OutputLost as exc:
+        print(f"hive: the output could not be written: {exc}", file=sys.stderr)
+        return 1
+
+
 def run(args: list[str]) -> int:
     """Run one command; the exit status."""
     try:
@@ -85,8 +94,6 @@ def run(args: list[str]) -> int:
         return exc.exit_code
     except click.Abort:
         return 130
-    except ReaderLeft as exc:
-        raise BrokenPipeError from exc
     except click.ClickException as exc:
         exc.show()
         return exc.exit_code

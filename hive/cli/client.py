@@ -1,7 +1,10 @@
 """The CLI's way to the daemon: HTTP, with its errors turned back into hive's."""
 
 import asyncio
+import codecs
+import contextlib
 import json
+import math
 import os
 import tomllib
 from collections.abc import AsyncIterator, Awaitable, Callable
@@ -11,11 +14,35 @@ from typing import Any
 
 import click
 
-from hive.errors import DaemonUnreachable, HiveError, OperationTimeout, by_code
+from hive.errors import ConfigInvalid, DaemonUnreachable, HiveError, OperationTimeout, by_code
 from hive.policy.retries import RETRIES
-from hive.settings import DEFAULT_FILES
+from hive.settings import DEFAULT_FILES, text_of
 
 TIMEOUT_S = 30.0
+LONGEST_S = 86_400.0
+
+
+class Duration(click.FloatRange):
+    """Seconds as an option's value: no less than `min`, and no number that is none."""
+
+    name = "seconds"
+
+    def __init__(self, *, min_open: bool = True) -> None:
+        super().__init__(0, LONGEST_S, min_open=min_open)
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> float:
+        seconds = float(super().convert(value, param, ctx))
+        if math.isnan(seconds):
+            self.fail(f"{value!r} is no number of seconds", param, ctx)
+        return seconds
+
+
+def _key(_ctx: click.Context, _param: click.Parameter, value: str | None) -> str | None:
+    if value and not value.isprintable():
+        raise click.BadParameter("a key has no line breaks or control characters")
+    return value
 
 
 def daemon_options(command: Any) -> Any:
@@ -24,13 +51,16 @@ def daemon_options(command: Any) -> Any:
         click.option(
             "--timeout",
             "timeout_s",
-            type=float,
+            type=Duration(),
             default=TIMEOUT_S,
             show_default=True,
             help="Seconds to wait for the daemon.",
         ),
         click.option(
-            "--api-key", envvar="HIVE_API_KEY", help="Key to authenticate with (or HIVE_API_KEY)."
+            "--api-key",
+            envvar="HIVE_API_KEY",
+            callback=_key,
+            help="Key to authenticate with (or HIVE_API_KEY).",
         ),
         click.option(
             "--url",
@@ -48,14 +78,14 @@ def address(url: str | None) -> str:
         return (url if "://" in url else f"http://{url}").rstrip("/")
     named = os.environ.get("HIVE_CONFIG")
     file = Path(named) if named else next((p for p in DEFAULT_FILES if p.is_file()), None)
-    server: dict[str, Any] = {}
+    server: Any = {}
     if file is not None:
-        try:
-            server = tomllib.loads(file.read_text()).get("server", {})
-        except (OSError, ValueError):
-            server = {}  # `hive check` tells what is wrong with it; here only the address matters
-    host = os.environ.get("HIVE_SERVER__HOST", server.get("host", "127.0.0.1"))
-    port = os.environ.get("HIVE_SERVER__PORT", server.get("port", 7411))
+        # `hive check` tells what is wrong with it; here only the address matters.
+        with contextlib.suppress(ConfigInvalid, ValueError, RecursionError):
+            server = tomllib.loads(text_of(file)).get("server")
+    given = server if isinstance(server, dict) else {}
+    host = os.environ.get("HIVE_SERVER__HOST", str(given.get("host", "127.0.0.1")))
+    port = os.environ.get("HIVE_SERVER__PORT", given.get("port", 7411))
     host = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(host, host)  # noqa: S104 (not bound here)
     return f"http://{host}:{port}"
 
@@ -122,8 +152,9 @@ def follow(
             params=params,
             is_endless=True,
         ) as answer:
+            decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
             async for piece in answer.content.iter_any():
-                show(piece.decode(errors="replace"))
+                show(decoder.decode(piece))
 
     asyncio.run(read())
 

@@ -50,12 +50,15 @@ def _local() -> list[dict[str, Any]]:
 
     driver = nvml.Driver()
     try:
-        shown = []
-        for device in driver.devices():
+        shown: list[dict[str, Any]] = []
+        for name, found in driver.inventory().items():
+            if isinstance(found, HiveError):
+                shown.append({"id": name, "uuid": None, "name": None, "reason": found.message})
+                continue
             try:
-                view = describe(device, driver.read(device.uuid))
+                view = describe(found, driver.read(found.uuid))
             except HiveError as exc:
-                view = {**describe(device, None), "reason": exc.message}
+                view = {**describe(found, None), "reason": exc.message}
             shown.append(view)
         return shown
     finally:

@@ -18,7 +18,8 @@ from hive.cli.installing import (
     is_locked,
     sigterm_unwinds,
 )
-from hive.cli.output import json_option, print_json, print_table
+from hive.cli.output import json_option, print_json, print_table, say
+from hive.policy.visible import visible
 from hive.workers import environment
 from hive.workers.environment import PYTHON, Completed, python_of
 
@@ -66,10 +67,8 @@ def install(
         print_json({"installed": found is None, **_row(home, ready)})
         return
     versions = ", ".join(f"{name} {version}" for name, version in ready.versions.items())
-    print(
-        f"{'Already there' if found else 'Installed'}: the {kind} engine environment ({versions})"
-    )
-    print(python_of(home))
+    say(f"{'Already there' if found else 'Installed'}: the {kind} engine environment ({versions})")
+    say(python_of(home))
 
 
 @engine.command(name="list")
@@ -83,7 +82,7 @@ def list_(as_json: bool) -> None:
         print_json(rows)
         return
     if not rows:
-        print(f"No engine environment in {engines}; 'hive engine install cpu' makes one.")
+        say(f"No engine environment in {engines}; 'hive engine install cpu' makes one.")
         return
     print_table(
         ("STATE", "LOCK", "PYTHON", *(name.upper() for name in PROVED), "PATH"),
@@ -127,7 +126,7 @@ class Lines:
     """A line for each step, for logs and pipes."""
 
     def note(self, text: str) -> None:
-        print(text, file=sys.stderr, flush=True)
+        say(text, err=True)
 
     def step(self, done: int, total: int, what: str) -> None:
         self.note(f"[{done:3}/{total}] {what}")
@@ -141,7 +140,7 @@ class Bar:
         self.task = bar.add_task("preparing", total=None)
 
     def note(self, text: str) -> None:
-        self.bar.console.print(text, markup=False, highlight=False)
+        self.bar.console.print(visible(text), markup=False, highlight=False)
 
     def step(self, done: int, total: int, what: str) -> None:
         self.bar.update(self.task, completed=done, total=total, description=what)

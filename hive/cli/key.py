@@ -4,6 +4,9 @@ import hashlib
 import os
 import re
 import secrets
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +15,7 @@ import click
 from hive.cli.output import json_option, print_json, print_table
 from hive.cli.serve import config_option
 from hive.errors import ConfigInvalid, Conflict, NotFound
-from hive.settings import DEFAULT_FILES
+from hive.settings import DEFAULT_FILES, text_of
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}\Z")
 APPLIES = "It applies when hive is started the next time."
@@ -80,11 +83,13 @@ def new(
         }
     )
     keys.append(entry)
-    _write(file, tomlkit.dumps(document))
-    if as_json:
-        print_json({"name": name, "key": value, "scopes": list(scopes), "file": str(file)})
-    else:
-        print(value)
+    with _replaced(file, tomlkit.dumps(document)):
+        if as_json:
+            print_json({"name": name, "key": value, "scopes": list(scopes), "file": str(file)})
+        else:
+            print(value)
+        sys.stdout.flush()  # a key that nobody has seen must not be kept
+    if not as_json:
         click.echo(f"hive: key {name} added to {file}; it is shown only now. {APPLIES}", err=True)
 
 
@@ -132,7 +137,8 @@ def revoke(name: str, config: Path | None, as_json: bool) -> None:
         )
     if not len(keys):
         del document["auth"]["keys"]
-    _write(file, tomlkit.dumps(document))
+    with _replaced(file, tomlkit.dumps(document)):
+        pass
     if as_json:
         print_json({"name": name, "revoked": True, "file": str(file)})
     else:
@@ -150,13 +156,8 @@ def _open(config: Path | None) -> tuple[Path, Any]:
             action="Name it with --config FILE.",
         )
     try:
-        return file, tomlkit.parse(file.read_text())
-    except OSError as exc:
-        raise ConfigInvalid(
-            f"{file}: cannot be read: {exc.strerror}.",
-            action="Name an existing file with --config FILE.",
-        ) from exc
-    except (TOMLKitError, UnicodeDecodeError) as exc:
+        return file, tomlkit.parse(text_of(file))
+    except (TOMLKitError, ValueError, RecursionError) as exc:
         raise ConfigInvalid(
             f"{file}: is not TOML: {exc}", action="Correct the file first; nothing was changed."
         ) from exc
@@ -177,24 +178,35 @@ def _keys(document: Any) -> Any:
     return keys
 
 
-def _write(file: Path, text: str) -> None:
-    """Replace the file whole, or leave it as it was; its mode, owner and links to it stay."""
+@contextmanager
+def _replaced(file: Path, text: str) -> Iterator[None]:
+    """Replace the file whole once the block has run; leave it as it was when anything fails.
+
+    Its mode, owner and links to it stay.
+    """
     target = file.resolve()
     draft = target.with_name(f".{target.name}.{os.getpid()}")
     try:
-        about = target.stat()
-        fd = os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-        with os.fdopen(fd, "w") as out:
-            out.write(text)
-            if (about.st_uid, about.st_gid) != (os.geteuid(), os.getegid()):
-                os.fchown(fd, about.st_uid, about.st_gid)
-            os.fchmod(fd, about.st_mode & 0o777)
-            out.flush()
-            os.fsync(out.fileno())
+        _write_beside(target, draft, text)
+        yield
         draft.replace(target)
     except OSError as exc:
-        draft.unlink(missing_ok=True)
         raise ConfigInvalid(
             f"{file}: cannot be written: {exc.strerror}.",
             action="Check the rights of the file and its directory; nothing was changed.",
         ) from exc
+    finally:
+        with suppress(OSError):
+            draft.unlink()
+
+
+def _write_beside(target: Path, draft: Path, text: str) -> None:
+    about = target.stat()
+    fd = os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+    with os.fdopen(fd, "w") as out:
+        out.write(text)
+        if (about.st_uid, about.st_gid) != (os.geteuid(), os.getegid()):
+            os.fchown(fd, about.st_uid, about.st_gid)
+        os.fchmod(fd, about.st_mode & 0o777)
+        out.flush()
+        os.fsync(out.fileno())

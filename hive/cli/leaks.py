@@ -1,17 +1,15 @@
 """`hive leaks` shows what workers did not give back, `hive sweep` clears what a dead hive left."""
 
 import asyncio
-import os
 from pathlib import Path
 from typing import Any
 
 import click
 
 from hive.cli.client import call, daemon_options
-from hive.cli.output import error_body, json_option, print_json, print_table, show_error
+from hive.cli.output import error_body, json_option, print_json, print_table, say, show_error
 from hive.cli.serve import config_option
-from hive.errors import ConfigInvalid
-from hive.settings import Settings, load
+from hive.settings import load
 
 COLUMNS = ("kind", "holder", "worker", "how to clear")
 
@@ -46,11 +44,15 @@ def sweep(config: Path | None, as_json: bool, **server: Any) -> int:
     the journal cannot be trusted.
     """
     from hive.daemon import only_daemon
-    from hive.workers import janitor
+    from hive.workers import directories, janitor
     from hive.workers.ledger import Ledger
 
     settings = load(config, {"server": server})
-    _check_owner(settings)
+    for key, path in directories.both(settings):
+        with directories.usable(key, path):
+            if path.exists():
+                # Another user's journal proves nothing; root would set it aside as a forgery.
+                directories.check_owner(key, path)
     ledger = Ledger(settings.server.state_dir / "ledger", announce=lambda _event: None)
     with only_daemon(settings):
         found = asyncio.run(janitor.sweep(ledger, settings.server.runtime_dir))
@@ -64,20 +66,9 @@ def sweep(config: Path | None, as_json: bool, **server: Any) -> int:
         print_json({"found": rows} | (error_body(error) if error else {}))
     else:
         for one in found:
-            print(one)
+            say(one)
         if not found:
             print("nothing was left")
     if error:
         show_error(error, as_json=False)
     return 1 if error or any(one.outcome == "refused" for one in found) else 0
-
-
-def _check_owner(settings: Settings) -> None:
-    """Another user's journal proves nothing to this one; root would set it aside as a forgery."""
-    for key in ("state_dir", "runtime_dir"):
-        path: Path = getattr(settings.server, key)
-        if path.exists() and path.stat().st_uid != os.geteuid():
-            raise ConfigInvalid(
-                f"server.{key}: {path} belongs to another user (uid {path.stat().st_uid}).",
-                action="Run this as the user that hive runs as.",
-            )

@@ -13,7 +13,7 @@ from typing import Any
 import click
 
 from hive.cli.installing import sigterm_unwinds
-from hive.cli.output import json_option, print_json
+from hive.cli.output import json_option, print_json, say
 from hive.errors import OperationTimeout, StorageWriteFailed, ValidationFailed, WorkerSpawnFailed
 from hive.workers import environment
 
@@ -65,8 +65,8 @@ def make_tiny(
     if as_json:
         print_json({"path": str(target), "seed": seed, **facts})
         return
-    print(f"Made: a Llama of {facts['parameters'] / 1e6:.1f} M random weights (seed {seed})")
-    print(target)
+    say(f"Made: a Llama of {facts['parameters'] / 1e6:.1f} M random weights (seed {seed})")
+    say(target)
 
 
 def _check_target(target: Path, *, force: bool) -> None:

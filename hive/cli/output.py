@@ -8,8 +8,14 @@ from typing import Any
 import click
 
 from hive.errors import HiveError
+from hive.policy.visible import visible
 
 json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON for programs.")
+
+
+def say(text: object, *, err: bool = False) -> None:
+    """Print a line that may quote engines, clients or files: it cannot steer the terminal."""
+    print(visible(str(text)), file=sys.stderr if err else sys.stdout)
 
 
 def print_json(value: Any) -> None:
@@ -25,7 +31,7 @@ def print_table(columns: Sequence[str], rows: Iterable[Sequence[object]]) -> Non
     for column in columns:
         table.add_column(column, overflow="fold")
     for row in rows:
-        table.add_row(*("" if cell is None else str(cell) for cell in row))
+        table.add_row(*("" if cell is None else visible(str(cell)) for cell in row))
     width = None if sys.stdout.isatty() else 1000
     console = Console(
         width=width, highlight=False, markup=False, emoji=False, soft_wrap=width is not None
@@ -39,10 +45,17 @@ def show_error(error: HiveError, *, as_json: bool) -> None:
     """The error on stderr; with --json its body on stdout, too."""
     if as_json:
         print_json(error_body(error))
-    for line in error.details.get("problems", ()):
-        print(f"hive: {line}", file=sys.stderr)
-    print(f"hive: {error.code}: {error.message}", file=sys.stderr)
-    print(f"hive: what to do: {error.suggested_action}", file=sys.stderr)
+    for line in lines_of(error):
+        say(line, err=True)
+
+
+def lines_of(error: HiveError) -> list[str]:
+    """An error for people: every problem, the code, and what to do."""
+    return [
+        *(f"hive: {problem}" for problem in error.details.get("problems", ())),
+        f"hive: {error.code}: {error.message}",
+        f"hive: what to do: {error.suggested_action}",
+    ]
 
 
 def error_body(error: HiveError) -> dict[str, Any]:

@@ -7,8 +7,9 @@ from typing import Any
 
 import click
 
-from hive.cli.output import error_body, json_option, print_json, print_table
+from hive.cli.output import error_body, json_option, lines_of, print_json, print_table, say
 from hive.errors import HiveError
+from hive.policy.visible import visible
 from hive.settings import Settings, load
 
 config_option = click.option(
@@ -80,11 +81,10 @@ def _first_error(group: BaseExceptionGroup[BaseException]) -> HiveError | None:
 
 def _fail(error: HiveError) -> None:
     """People read the lines, programs the last one (contract, Command line)."""
-    for problem in error.details.get("problems", ()):
-        print(f"hive: {problem}", file=sys.stderr)
-    print(f"hive: {error.code}: {error.message}", file=sys.stderr)
-    print(f"hive: what to do: {error.suggested_action}", file=sys.stderr)
-    print(json.dumps(error_body(error)), file=sys.stderr, flush=True)
+    from hive.telemetry.logs import tell
+
+    lines = [*map(visible, lines_of(error)), json.dumps(error_body(error))]
+    tell("".join(f"{line}\n" for line in lines))
 
 
 @click.command()
@@ -130,7 +130,7 @@ def check(config: Path | None, as_json: bool, **server: Any) -> int:
         print_table(("", "what", "found", "code"), rows)
         for finding in wrong:
             assert finding.error
-            print(f"what to do: {finding.error.suggested_action}")
+            say(f"what to do: {finding.error.suggested_action}")
     if wrong:
         error = preflight.worst([finding.error for finding in wrong if finding.error])
         print(json.dumps(error_body(error)), file=sys.stderr, flush=True)

@@ -7,7 +7,7 @@ from typing import Any
 import click
 
 from hive.cli.client import call, daemon_options, opened
-from hive.cli.output import json_option, print_json, print_table
+from hive.cli.output import json_option, print_json, print_table, say
 
 SERVICE_UNAVAILABLE = 503
 
@@ -22,7 +22,7 @@ def status(as_json: bool, **daemon: Any) -> None:
         print_json(found)
         return
     state = "draining" if found["draining"] else "ready" if found["ready"] else "not ready"
-    print(
+    say(
         f"hive {found['version']}, pid {found['pid']}, {state}, up "
         f"{found['uptime_seconds']:.0f} s, {found['in_flight']} requests in flight"
     )
@@ -49,7 +49,7 @@ def health(verbose: bool, as_json: bool, **daemon: Any) -> int:
     if as_json:
         print_json(found)
     else:
-        print(found["status"])
+        say(found["status"])
         if verbose:
             rows = [
                 (name, worker, state)

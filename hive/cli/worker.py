@@ -6,8 +6,9 @@ from typing import Any
 
 import click
 
-from hive.cli.client import call, daemon_options, follow
-from hive.cli.output import json_option, print_json, print_table
+from hive.cli.client import Duration, call, daemon_options, follow
+from hive.cli.output import json_option, print_json, print_table, say
+from hive.policy.visible import visible
 
 AT_REST = {
     "start": ({"READY"}, {"FAILED", "STOPPED", "QUARANTINED", "LOST"}),
@@ -68,8 +69,11 @@ def show(worker_id: str, as_json: bool, **daemon: Any) -> None:
 def logs(worker_id: str, is_followed: bool, lines: int, **daemon: Any) -> None:
     """Print the engine's output, of earlier starts, too."""
 
+    # What an engine wrote is for programs to read as it is, and no commands to a terminal.
+    shown = visible if sys.stdout.isatty() else str
+
     def show_text(text: str) -> None:
-        sys.stdout.write(text)
+        sys.stdout.write(shown(text))
         sys.stdout.flush()
 
     params = {"lines": str(lines)} | ({"follow": "1"} if is_followed else {})
@@ -82,7 +86,7 @@ def _action(name: str, text: str) -> None:
     @click.option(
         "--wait",
         "wait_s",
-        type=float,
+        type=Duration(min_open=False),
         default=0.0,
         help="Seconds to wait for the outcome; 0 = do not wait.",
     )
@@ -98,7 +102,7 @@ def _action(name: str, text: str) -> None:
         if as_json:
             print_json(found)
         else:
-            print(f"{found['id']}: {found['state']} ({found['reason']})")
+            say(f"{found['id']}: {found['state']} ({found['reason']})")
         if not wait_s or found["state"] in good:
             return 0
         if found["state"] not in bad:

@@ -11,8 +11,8 @@ from typing import Any, TypeAlias, TypeVar
 from hive.errors import CudaDeviceFailed
 
 T = TypeVar("T")
-Calls: TypeAlias = "queue.SimpleQueue[tuple[Callable[[], Any], Future[Any]] | None]"
-
+Asked: TypeAlias = "tuple[Callable[[], Any], Future[Any]]"
+Calls: TypeAlias = "queue.SimpleQueue[Asked | None]"
 
 SLICE_S = 0.25
 
@@ -21,7 +21,7 @@ class DriverHung(CudaDeviceFailed):
     """A driver call did not return in time; its thread is lost until it does."""
 
 
-def _slices(seconds: float) -> Iterator[float]:
+def slices(seconds: float) -> Iterator[float]:
     """A deadline in pieces that must each be lived through.
 
     hive may have been stopped, or its host paused, for longer than the whole deadline: then the
@@ -35,15 +35,19 @@ def _slices(seconds: float) -> Iterator[float]:
 class Lane:
     """One thread that makes one call at a time, for one device.
 
-    A call that is late makes the lane stuck: further calls fail at once, and no second thread is
-    spent on the same device, until the call returns after all. The thread keeps hive's process from
-    ending only where the kernel itself cannot end it (state D).
+    A call's time begins when it has its turn: who waits behind others blames the driver for none
+    of theirs. A call that is late makes the lane stuck: who waits is told so, further calls fail at
+    once, and no second thread is spent on the same device, until the call returns after all. Equal
+    calls that wait for their turn are made once. The thread keeps hive's process from ending only
+    where the kernel itself cannot end it (state D).
     """
 
     def __init__(self, name: str) -> None:
         self.name = name
         self._calls: Calls | None = None  # of the thread, once there is one
         self._asking = threading.Lock()
+        self._waiting: list[Asked] = []  # for their turn
+        self._turn: Future[Any] | None = None  # whose it is, or was last
         self._late: Future[Any] | None = None
 
     @property
@@ -51,15 +55,14 @@ class Lane:
         return self._late is not None and not self._late.done()
 
     def ask(self, call: Callable[[], T], seconds: float) -> T:
-        """`call`'s result; blocks the calling thread for up to `seconds`.
+        """`call`'s result; blocks the calling thread, for up to `seconds` from the call's turn on.
 
         Raises DriverHung on the deadline or when the lane is stuck, and whatever `call` raises.
         """
         future = self._submit(call)
-        for slice_s in _slices(seconds):
-            if futures.wait([future], slice_s).done:
-                return future.result()
-        raise self._give_up(future, seconds)
+        for slice_s in self._patience(future, seconds):
+            futures.wait([future], slice_s)
+        return future.result()
 
     async def wait(self, call: Callable[[], T], seconds: float) -> T:
         """Like `ask`, without blocking the event loop."""
@@ -67,38 +70,56 @@ class Lane:
         waiting = asyncio.wrap_future(future)
         # Whoever waited may be gone when the answer comes: that is no forgotten exception.
         waiting.add_done_callback(lambda late: late.cancelled() or late.exception())
-        for slice_s in _slices(seconds):
+        for slice_s in self._patience(future, seconds):
             # Never cancelled: wrap_future would pass that on, and the lane would look free.
             await asyncio.wait([waiting], timeout=slice_s)
-            # The call's own future: `waiting` hears of its end a moment later.
-            if future.done():
-                return future.result()
-        raise self._give_up(future, seconds)
+        return future.result()
+
+    def _patience(self, future: "Future[Any]", seconds: float) -> Iterator[float]:
+        """How long to wait, again and again, until the call is done. Raises DriverHung."""
+        turn: Future[Any] | None = future  # as on a lane with nothing else to do
+        while True:
+            for slice_s in slices(seconds):
+                yield slice_s
+                if future.done():
+                    return
+                if self.is_stuck:
+                    raise self._hung("still does not answer an earlier call")
+                if self._turn is not turn:
+                    break
+            else:
+                self._late = turn
+                raise self._hung(f"did not answer within {seconds:g} s")
+            turn = self._turn
 
     def _submit(self, call: Callable[[], T]) -> "Future[T]":
-        future: Future[T] = Future()
         with self._asking:
             if self.is_stuck:
                 raise self._hung("still does not answer an earlier call")
+            for waiting, future in self._waiting:
+                if waiting == call:
+                    return future
             if self._calls is None:
-                self._calls = queue.SimpleQueue()
+                calls: Calls = queue.SimpleQueue()
                 threading.Thread(
-                    target=self._run, args=(self._calls,), name=self.name, daemon=True
+                    target=self._run, args=(calls,), name=self.name, daemon=True
                 ).start()
-            self._calls.put((call, future))
-        return future
+                self._calls = calls
+            asked: Asked = call, Future()
+            self._waiting.append(asked)
+            self._calls.put(asked)
+        return asked[1]
 
     def _run(self, calls: Calls) -> None:
         while (asked := calls.get()) is not None:
             call, future = asked
+            with self._asking:
+                self._waiting.remove(asked)
+                self._turn = future
             try:
                 future.set_result(call())
             except BaseException as exc:  # noqa: BLE001 (handed over to the caller's thread)
                 future.set_exception(exc)
-
-    def _give_up(self, future: "Future[Any]", seconds: float) -> DriverHung:
-        self._late = future
-        return self._hung(f"did not answer within {seconds:g} s")
 
     def _hung(self, what: str) -> DriverHung:
         return DriverHung(

@@ -4,6 +4,7 @@
 """
 
 import contextlib
+import functools
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -12,6 +13,7 @@ from typing import Any, TypeVar
 
 import pynvml
 
+from hive.devices import faults
 from hive.devices.lanes import Lane
 from hive.errors import CudaDeviceFailed, CudaDeviceNotFound, CudaDriverMissing, HiveError
 
@@ -89,38 +91,57 @@ class DeviceLost(CudaDeviceFailed):
 
 
 class Driver:
-    """NVML, opened once: by UUID, with one lane for each device and one for the host."""
+    """NVML, opened once: by UUID, with a lane for each device, so that one holds up no other."""
 
     def __init__(self, call_s: float = CALL_S) -> None:
         self.call_s = call_s
         self._lanes: dict[str, Lane] = {}
+        self._reads: dict[str, Callable[[], Reading]] = {}  # equal, so that callers share them
         self._opening = threading.Lock()
         self._is_open = False
 
-    def devices(self) -> list[Device]:
-        """Every GPU of this host that answers; one that does not hides no other.
+    def inventory(self) -> dict[str, Device | HiveError]:
+        """Every GPU of this host by its id: what it is, or why it does not say.
 
         Raises CudaDriverMissing, and CudaDeviceFailed when the driver or all GPUs fail.
         """
-        return self._lane("").ask(self._list, self.call_s)
+        count = self._lane("").ask(self._count, self.call_s)
+        found = {f"cuda:{index}": self._find_or_why(f"cuda:{index}") for index in range(count)}
+        wrong = [said for said in found.values() if isinstance(said, HiveError)]
+        if wrong and len(wrong) == count:
+            raise wrong[-1]
+        return found
+
+    def devices(self) -> list[Device]:
+        """Those of the inventory that answer. Raises what `inventory` raises."""
+        return [found for found in self.inventory().values() if isinstance(found, Device)]
 
     def find(self, name: str) -> Device | None:
         """The GPU that is "cuda:N" or "GPU-…"; None when there is none.
 
         Raises CudaDriverMissing, and CudaDeviceFailed (DeviceLost) when it is there and fails.
         """
-        return self._lane("").ask(lambda: self._find(name), self.call_s)
+        return self._lane(name).ask(lambda: self._find(name), self.call_s)
+
+    def _find_or_why(self, name: str) -> Device | HiveError:
+        try:
+            return self.find(name) or DeviceLost("The driver counts the device, but has it not.")
+        except HiveError as exc:
+            return exc
 
     def read(self, uuid: str) -> Reading:
         """One GPU. Raises DeviceLost, DriverHung or CudaDeviceFailed."""
-        return self._lane(uuid).ask(lambda: self._read(uuid), self.call_s)
+        return self._lane(uuid).ask(self._read_of(uuid), self.call_s)
 
     async def reading(self, uuid: str) -> Reading:
         """`read`, without blocking the event loop."""
-        return await self._lane(uuid).wait(lambda: self._read(uuid), self.call_s)
+        return await self._lane(uuid).wait(self._read_of(uuid), self.call_s)
 
-    def _lane(self, uuid: str) -> Lane:
-        return self._lanes.setdefault(uuid, Lane(f"nvml {uuid}".strip()))
+    def _read_of(self, uuid: str) -> Callable[[], Reading]:
+        return self._reads.setdefault(uuid, functools.partial(self._read, uuid))
+
+    def _lane(self, name: str) -> Lane:
+        return self._lanes.setdefault(name, Lane(f"nvml {name}".strip()))
 
     def close(self) -> None:
         """End the threads; NVML itself is closed with the process (a hung driver would block)."""
@@ -136,18 +157,10 @@ class Driver:
                     pynvml.nvmlInit()
                 self._is_open = True
 
-    def _list(self) -> list[Device]:
+    def _count(self) -> int:
         self._open()
-        found, wrong = [], None
         with _translated("failed"):
-            for index in range(pynvml.nvmlDeviceGetCount()):
-                try:
-                    found.append(_describe(pynvml.nvmlDeviceGetHandleByIndex(index)))
-                except pynvml.NVMLError as exc:
-                    wrong = exc
-            if wrong and not found:
-                raise wrong
-        return found
+            return int(pynvml.nvmlDeviceGetCount())
 
     def _find(self, name: str) -> Device | None:
         self._open()
@@ -168,6 +181,8 @@ class Driver:
         with _translated("failed"):
             handle = pynvml.nvmlDeviceGetHandleByUUID(uuid)
             memory = pynvml.nvmlDeviceGetMemoryInfo(handle)
+            if not memory.total:
+                raise CudaDeviceFailed("The device reports no memory.", action=faults.RESET)
             rows = _optional(lambda: pynvml.nvmlDeviceGetRemappedRows(handle))
             mig = _optional(lambda: pynvml.nvmlDeviceGetMigMode(handle))
             # With its version: the plain name raises no NVMLError where a driver is too old for it.
@@ -234,9 +249,11 @@ class Driver:
 
 @contextlib.contextmanager
 def _translated(what: str) -> Iterator[None]:
-    """NVML's errors as hive's."""
+    """NVML's errors, and what goes wrong in its bindings, as hive's."""
     try:
         yield
+    except HiveError:
+        raise
     except pynvml.NVMLError as exc:
         if exc.value in _NO_DRIVER:
             raise CudaDriverMissing(f"The NVIDIA driver cannot be used: {exc}.") from exc
@@ -253,6 +270,9 @@ def _translated(what: str) -> Iterator[None]:
                 action="Give hive's user access to /dev/nvidia*, /dev/nvidiactl and /dev/nvidia-uvm.",
             ) from exc
         raise CudaDeviceFailed(f"The NVIDIA driver {what}: {exc}.") from exc
+    except Exception as exc:
+        why = f"its answer cannot be read ({type(exc).__name__})"
+        raise CudaDeviceFailed(f"The NVIDIA driver {what}: {why}.") from exc
 
 
 def _optional(call: Callable[[], T]) -> T | None:
@@ -269,19 +289,29 @@ def _optional(call: Callable[[], T]) -> T | None:
 
 
 def _describe(handle: Any) -> Device:
-    index = int(pynvml.nvmlDeviceGetIndex(handle))
-    uuid, name = pynvml.nvmlDeviceGetUUID(handle), pynvml.nvmlDeviceGetName(handle)
-    return Device(index, _text(uuid), _text(name))
+    uuid = _text(lambda: pynvml.nvmlDeviceGetUUID(handle))
+    name = _text(lambda: pynvml.nvmlDeviceGetName(handle))
+    return Device(int(pynvml.nvmlDeviceGetIndex(handle)), uuid, name)
 
 
-def _text(value: Any) -> str:
-    return value.decode() if isinstance(value, bytes) else str(value)
+def _text(call: Callable[[], str | bytes]) -> str:
+    """What a driver calls a GPU, in any encoding, as something that can be printed."""
+    try:
+        said = call()
+    except UnicodeDecodeError as exc:
+        said = exc.object
+    return printable(said.decode(errors="replace") if isinstance(said, bytes) else said)
+
+
+def printable(text: str) -> str:
+    """Without what a terminal would obey: names are chosen by whoever runs a process."""
+    return "".join(c if c.isprintable() and c != "\N{REPLACEMENT CHARACTER}" else "?" for c in text)
 
 
 def process_name(pid: int) -> str:
     """What the kernel calls a process; empty when it is not visible here."""
     try:
-        return Path(f"/proc/{pid}/comm").read_text(errors="replace").strip()
+        return printable(Path(f"/proc/{pid}/comm").read_text(errors="replace").strip())
     except OSError:
         return ""
 

@@ -8,9 +8,7 @@ releases it. hive never chooses another device in its place (C6).
 
 import asyncio
 import contextlib
-import functools
 import logging
-import threading
 import time
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Collection, Iterable, Mapping
@@ -22,13 +20,14 @@ from hive.devices import faults
 from hive.devices.lanes import DriverHung
 from hive.devices.nvml import Device, DeviceLost, Driver, Holder, Reading
 from hive.devices.preflight import describe, held, unhealthy
+from hive.devices.xids import Ear
 from hive.errors import Conflict, CudaDeviceFailed, DeviceError, GpuQuarantined, HiveError, NotFound
 from hive.events import Announcer, DeviceMoved, DeviceRead, StrangerSeen, VramChecked, XidSeen
 
 log = logging.getLogger(__name__)
 
 POLL_S = 1.0  # how often each device is read
-OWN_KILL_S = 10.0  # an Xid this soon after hive's own kill is the kill's echo
+OWN_KILL_S = 10.0  # an application's Xid this soon after hive's own kill is the kill's echo
 EVIDENCE_S = 30.0  # an application Xid explains a crash this much later
 LOOK_S = 0.05  # how often the return of memory is looked at
 TOLERANCE = 256 * 2**20  # bytes: the driver's own bookkeeping goes up and down by tens of MiB
@@ -58,10 +57,11 @@ class Watched:
     condition: Condition = Condition.OK
     error: HiveError | None = None  # why it is not OK
     is_told: bool = False  # `on_fault` knows
+    struck: HiveError | None = None  # the last that was told of it, and that no reading shows
     since: float = field(default_factory=time.time)
     reading: Reading | None = None
     read_at: float = 0.0
-    ecc_errors: int | None = None  # when hive started: growth is a fault
+    ecc_errors: int | None = None  # that were there before: growth is a fault
     killed_at: float = float("-inf")  # hive's own last kill there
     pids_are_visible: bool | None = None  # None: no engine of ours was there yet
     hears_events: bool | None = None  # None: not tried yet
@@ -163,7 +163,7 @@ class Devices:
         return held(watched.device, reading, own)
 
     def noting_kill(self, names: Iterable[str]) -> None:
-        """hive ends an engine there: what the driver says of it in the next seconds is no fault."""
+        """hive ends an engine there: what the driver says of *it* in the next seconds is an echo."""
         for watched in self.of(names):
             watched.killed_at = time.monotonic()
 
@@ -269,24 +269,35 @@ class Devices:
         self, watched: Watched, error: HiveError, condition: Condition = Condition.QUARANTINED
     ) -> None:
         """Do not use the device until it is released; the first reason is kept, unless it is worse."""
+        watched.struck = error
+        self._set_aside(watched, error, condition)
+
+    def _set_aside(self, watched: Watched, error: HiveError, condition: Condition) -> None:
         if watched.condition not in (condition, Condition.LOST):
             self._move(watched, condition, error)
 
     async def release(self, watched: Watched) -> None:
         """Trust the device again, once it answers and looks healthy.
 
-        Raises Conflict when it is not quarantined, and CudaDeviceFailed with what is still wrong.
+        Raises Conflict when it is not quarantined, and CudaDeviceFailed with what is still wrong,
+        or went wrong while it was looked at.
         """
         if watched.condition is Condition.OK:
             raise Conflict(f"Device {watched.device.id} is not quarantined.", state="OK")
+        struck = watched.struck
         reading = await self._driver.reading(watched.device.uuid)
         self._note(watched, reading)
         if wrong := unhealthy(watched.device, reading) or self._held(watched, reading):
             raise wrong
+        if watched.struck is not None and watched.struck is not struck:
+            watched.error = watched.struck
+            raise watched.struck
         watched.ecc_errors, watched.is_told = reading.ecc_errors, False
         self._move(watched, Condition.OK, None)
 
     def _move(self, watched: Watched, new: Condition, error: HiveError | None) -> None:
+        if watched.condition is new:  # by another release meanwhile
+            return
         old, watched.condition, watched.error = watched.condition, new, error
         watched.since = time.time()
         self._announcer.announce(
@@ -302,16 +313,21 @@ class Devices:
     def fail(self, names: Iterable[str], error: HiveError) -> None:
         """An engine on these devices ended of a fault of theirs (its own words, or its start's)."""
         for watched in self.of(names):
-            self._fail(watched, error, Condition.QUARANTINED)
+            self._strike(watched, error)
 
     def lost(self, names: Iterable[str], error: HiveError) -> None:
         """A process hangs in the driver for ever: whoever runs there may go on, nobody starts."""
         for watched in self.of(names):
             self.quarantine(watched, error, Condition.LOST)
 
+    def _strike(self, watched: Watched, error: HiveError) -> None:
+        """A fault that no later reading shows: also a release that has begun must heed it."""
+        watched.struck = error
+        self._fail(watched, error, Condition.QUARANTINED)
+
     def _fail(self, watched: Watched, error: HiveError, condition: Condition) -> None:
         """A fault at run time: told once, also of a device that was set aside without one."""
-        self.quarantine(watched, error, condition)
+        self._set_aside(watched, error, condition)
         if not watched.is_told:
             watched.is_told, watched.error = True, error
             self.on_fault(watched)
@@ -324,41 +340,27 @@ class Devices:
         if not self.watched:
             yield
             return
-        stop = threading.Event()
-        loop = asyncio.get_running_loop()
-        for watched in self.watched.values():
-            name = f"nvml events {watched.device.id}"
-            threading.Thread(
-                target=self._listen, args=(watched, loop, stop), name=name, daemon=True
-            ).start()
-        try:
-            async with asyncio.TaskGroup() as tasks:
-                polling = [
-                    tasks.create_task(self._poll(watched), name=f"device:{watched.device.id}")
-                    for watched in self.watched.values()
-                ]
-                yield
-                for task in polling:
-                    task.cancel()
-        finally:
-            stop.set()
+        async with asyncio.TaskGroup() as tasks:
+            watching = [
+                tasks.create_task(work, name=f"device:{watched.device.id}")
+                for watched in self.watched.values()
+                for work in (self._poll(watched), self._hear(watched))
+            ]
+            yield
+            for task in watching:
+                task.cancel()
 
-    def _listen(
-        self, watched: Watched, loop: asyncio.AbstractEventLoop, stop: threading.Event
-    ) -> None:
-        """Runs in a thread of the device's own; what refuses may answer later, or after a release."""
-
-        def tell(news: Callable[[], None]) -> None:
-            with contextlib.suppress(RuntimeError):  # the loop has ended meanwhile
-                loop.call_soon_threadsafe(news)
-
-        while not stop.is_set():
-            try:
-                for xid in self._driver.xids(watched.device.uuid, stop):
-                    tell(functools.partial(self._heard, watched, xid))
-            except HiveError as exc:
-                tell(functools.partial(self._deaf, watched, exc))
-                stop.wait(self._poll_s)
+    async def _hear(self, watched: Watched) -> None:
+        ear = Ear(self._driver, watched.device, self._poll_s)
+        with ear.listening():
+            while True:
+                heard = await ear.news()
+                for xid, count in heard.xids.items():
+                    self._heard(watched, xid, count)
+                if heard.error:
+                    self._deaf(watched, heard.error)
+                else:
+                    watched.hears_events = True
 
     def _deaf(self, watched: Watched, error: HiveError) -> None:
         if isinstance(error, DeviceLost):
@@ -372,26 +374,24 @@ class Devices:
                 error.message,
             )
 
-    def _heard(self, watched: Watched, xid: int | None) -> None:
-        watched.hears_events = True
-        if xid is None:
-            return
-        known = faults.fault(xid)
-        is_echo = time.monotonic() - watched.killed_at < OWN_KILL_S
+    def _heard(self, watched: Watched, xid: int, count: int) -> None:
+        known, device = faults.fault(xid), watched.device
+        is_fault = known.kind is faults.Kind.DEVICE
+        # What is wrong with the device itself is no kill's doing, whenever it comes.
+        is_echo = not is_fault and time.monotonic() - watched.killed_at < OWN_KILL_S
         if not is_echo:
             watched.xids.append((time.time(), xid))
-        device = watched.device
         self._announcer.announce(
-            XidSeen(device.id, xid, str(known.kind), known.meaning, after_own_kill=is_echo)
+            XidSeen(device.id, xid, str(known.kind), known.meaning, is_echo, count)
         )
-        if known.kind is faults.Kind.DEVICE and not is_echo:
+        if is_fault:
             error = CudaDeviceFailed(
                 f"Device {device.id} ({device.name}) failed: Xid {xid}, {known.meaning}.",
                 action=known.action,
                 device=device.id,
                 xid=xid,
             )
-            self._fail(watched, error, Condition.QUARANTINED)
+            self._strike(watched, error)
 
     async def _poll(self, watched: Watched) -> None:
         while True:
@@ -427,9 +427,8 @@ class Devices:
             watched.ecc_errors = reading.ecc_errors
         if wrong := unhealthy(device, reading):
             self._fail(watched, wrong, Condition.QUARANTINED)
-        elif watched.hears_events is False and (reading.ecc_errors or 0) > (
-            watched.ecc_errors or 0
-        ):
+        elif not watched.hears_events and (reading.ecc_errors or 0) > (watched.ecc_errors or 0):
+            watched.ecc_errors = reading.ecc_errors
             error = CudaDeviceFailed(
                 f"Device {device.id} ({device.name}) reports {reading.ecc_errors} uncorrectable "
                 "ECC errors.",
@@ -442,7 +441,8 @@ class Devices:
     def _look_for_strangers(self, watched: Watched, reading: Reading) -> None:
         there = {holder.pid for holder in reading.holders}
         if new := there - watched.known_pids:
-            own = self.own_pids()
+            if (own := self._own_if_known()) is None:
+                return  # they are still new at the next look
             if not there.isdisjoint(own):
                 watched.pids_are_visible = True
             for holder in reading.holders:
@@ -455,6 +455,13 @@ class Devices:
                         )
                     )
         watched.known_pids = frozenset(there)
+
+    def _own_if_known(self) -> Collection[int] | None:
+        """hive's own processes; None while nobody can look (no descriptor is left, say)."""
+        try:
+            return self.own_pids()
+        except OSError:
+            return None
 
     def _note(self, watched: Watched, reading: Reading) -> None:
         watched.reading, watched.read_at = reading, time.time()
@@ -473,7 +480,7 @@ class Devices:
 
     def view(self, watched: Watched) -> dict[str, Any]:
         """The device as the API shows it; bytes, degrees Celsius."""
-        own = set(self.own_pids())
+        own = set(self._own_if_known() or ())
         return {
             **describe(watched.device, watched.reading, own),
             "state": str(watched.condition),

@@ -5,18 +5,18 @@ import os
 import time
 from collections.abc import Awaitable, Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from aiohttp import web
 
 from hive import __version__
 from hive.devices.watch import Devices, Watched
-from hive.errors import NotFound, ValidationFailed
+from hive.errors import NotFound, StorageReadFailed, ValidationFailed
 from hive.gateway.auth import Caller
 from hive.gateway.stream import EventStream
 from hive.gateway.traffic import Passage, Traffic
 from hive.policy.redaction import for_clients, without_secrets
-from hive.workers.diagnosis import log_files, read_tail
+from hive.workers.diagnosis import log_files, open_log, read_tail
 from hive.workers.fleet import Fleet
 from hive.workers.ledger import Ledger
 from hive.workers.worker import Worker
@@ -26,6 +26,10 @@ KEEPALIVE_S = 15.0  # a comment line, so that proxies keep an idle stream open
 FOLLOW_S = 0.25  # how often a followed log is looked at
 LOG_LINES = 200
 LOG_LINES_MOST = 100_000
+LOG_BYTES_MOST = 8 * 2**20
+PIECE_LINES = 1000  # that are redacted in one go, while nothing else runs
+HELD_BYTES = 256 * 1024  # of a followed line that does not end
+SECRET_BYTES = 1024  # longer than any secret
 
 MetricsText = Callable[[], tuple[bytes, str]]
 
@@ -222,16 +226,13 @@ class Admin:
         worker = self._find(request)
         lines = _whole_number(request.query.get("lines", str(LOG_LINES)), "lines", LOG_LINES_MOST)
         path = worker.plan.log
-        if not path.exists():
-            raise NotFound(
-                "There is no log of this worker: it was never started, or the log was removed."
-            )
         response = web.StreamResponse(headers={"Content-Type": "text/plain; charset=utf-8"})
         # Open first, then read up to where it stands: nothing is lost or told twice between.
-        with path.open("rb") as file:
-            text, position = await asyncio.to_thread(_last_lines, path, file.fileno(), lines)
+        with await asyncio.to_thread(_opened, path) as file:
+            pieces, position = await asyncio.to_thread(_last_lines, path, file.fileno(), lines)
             await response.prepare(request)
-            await response.write(await asyncio.to_thread(_shown, text))
+            for piece in pieces:
+                await response.write(await asyncio.to_thread(_shown, piece))
             file.seek(position)
             if request.query.get("follow") in ("1", "true"):
                 await self._follow(path, file.fileno(), response)
@@ -243,15 +244,14 @@ class Admin:
         held = b""
         try:
             while not self.closing.is_set():
-                text = os.read(fd, 65536)
-                if text:
-                    *whole, held = (held + text).split(b"\n")
+                if text := os.read(fd, 65536):
+                    whole, held = _whole_lines(held + text)
                     if whole:
-                        await response.write(_shown(b"\n".join(whole) + b"\n"))
+                        await response.write(_shown(whole))
                     continue
-                if _was_rotated(path, fd):
-                    os.close(fd)
-                    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+                if newer := await _rotated(path, fd):
+                    with newer:
+                        os.dup2(newer.fileno(), fd, inheritable=False)
                     continue
                 try:
                     await asyncio.wait_for(self.closing.wait(), FOLLOW_S)
@@ -261,27 +261,55 @@ class Admin:
             os.close(fd)
 
 
-def _last_lines(path: Path, fd: int, lines: int) -> tuple[bytes, int]:
-    """The last lines of all files of a log, and the position that they end at in `fd`."""
+def _opened(path: Path) -> BinaryIO:
+    try:
+        return open_log(path)
+    except FileNotFoundError as exc:
+        raise NotFound(
+            "There is no log of this worker: it was never started, or the log was removed."
+        ) from exc
+    except OSError as exc:
+        raise StorageReadFailed(
+            f"This worker's log cannot be read: {exc.strerror}.",
+            action="Remove what stands in its place under server.state_dir, then restart the worker.",
+        ) from exc
+
+
+def _last_lines(path: Path, fd: int, lines: int) -> tuple[list[bytes], int]:
+    """The last lines of all files of a log, in pieces, and the position that they end at in `fd`."""
     size = os.fstat(fd).st_size
-    text = os.pread(fd, size, 0) if lines else b""
+    begin = max(0, size - LOG_BYTES_MOST)
+    text = os.pread(fd, size - begin, begin) if lines else b""
+    if begin:  # a line that is not whole may begin with half a secret
+        text = text.partition(b"\n")[2] or text[SECRET_BYTES:]
     for older in reversed([p for p in log_files(path) if p != path]):
-        if text.count(b"\n") >= lines:
+        if text.count(b"\n") >= lines or len(text) >= LOG_BYTES_MOST // 2:
             break
-        text = read_tail(older, 2**30) + text
+        text = read_tail(older, LOG_BYTES_MOST - len(text)) + text
     kept = text.splitlines(keepends=True)[-lines:] if lines else []
-    return b"".join(kept), size
+    return [b"".join(kept[at : at + PIECE_LINES]) for at in range(0, len(kept), PIECE_LINES)], size
+
+
+def _whole_lines(text: bytes) -> tuple[bytes, bytes]:
+    """What may be shown, and what is held until its line ends or gets too long for that."""
+    end = text.rfind(b"\n") + 1
+    if not end and len(text) > HELD_BYTES:
+        end = text.rfind(b" ") + 1 or len(text)
+    return text[:end], text[end:]
 
 
 def _shown(text: bytes) -> bytes:
     return without_secrets(text.decode(errors="replace")).encode()
 
 
-def _was_rotated(path: Path, fd: int) -> bool:
+async def _rotated(path: Path, fd: int) -> BinaryIO | None:
+    """The log's new file, once there is one."""
     try:
-        return os.stat(path).st_ino != os.fstat(fd).st_ino
-    except FileNotFoundError:
-        return False
+        if os.lstat(path).st_ino == os.fstat(fd).st_ino:
+            return None
+        return await asyncio.to_thread(open_log, path)
+    except OSError:
+        return None
 
 
 def _whole_number(text: str, name: str, most: int) -> int:

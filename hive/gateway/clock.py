@@ -40,6 +40,14 @@ class Clock:
                 self._timer.cancel()
                 self._timer = None
 
+    def check(self) -> None:
+        """Raise what has ended the request already, before it waits for anything."""
+        if self._cause is not None:
+            raise self._cause
+        due = self.deadline.request
+        if due.at <= time.monotonic():
+            raise self._expired(due)
+
     def cancel(self, cause: Exception) -> None:
         """End it, now or where it waits next; the first cause is told."""
         if self._cause is None:
@@ -50,7 +58,7 @@ class Clock:
     # ── how the request gets on ─────────────────────────────────────────────────────────────────
 
     def queued(self, at: float) -> None:
-        """It waits for a slot again, from `at` on."""
+        """It waits for a slot from `at` on."""
         self.deadline.queued_at, self.deadline.slot_at = at, None
 
     def got_slot(self) -> None:
@@ -71,7 +79,7 @@ class Clock:
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
-        if self._interrupt is None:
+        if self._interrupt is None or self._interrupt.cause is not None:
             return
         due = self.deadline.due
         left_s = due.at - time.monotonic()

@@ -6,6 +6,7 @@ import time
 from collections import OrderedDict
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 
 from aiohttp import web
 
@@ -33,6 +34,7 @@ from hive.workers.fleet import Fleet
 log = logging.getLogger(__name__)
 
 PATHS = ("/tokenize", "/detokenize", "/rerank", "/score", "/pooling")
+_UNCOUNTED = frozenset({"/tokenize", "/detokenize"})  # the engine runs nothing for them
 _RESPONSE_ID = re.compile(rb'"id"\s*:\s*"(resp_[A-Za-z0-9_-]{1,128})"')
 _REMEMBERED = 10_000  # responses whose worker is known
 
@@ -77,6 +79,8 @@ class Inference:
             async with self._intake.receive(request) as body:
                 passage.bytes_in = len(body)
                 asked = self._asked(request, body)
+                if request.path in _UNCOUNTED:
+                    asked = replace(asked, weight=0)
                 door = self._fleet.door(asked.model)  # only configured names become a label
                 passage.model = asked.model
                 return await self._serve(request, body, asked, door, self._ticket(request))
@@ -95,7 +99,8 @@ class Inference:
             passage.model = self._fleet.worker(worker_id).model
             door = self._fleet.door(passage.model)
             ticket = self._ticket(request, pinned=worker_id)
-            return await self._serve(request, body, Asked(passage.model), door, ticket)
+            asked = Asked(passage.model, weight=0)
+            return await self._serve(request, body, asked, door, ticket)
 
     @contextmanager
     def _quota(self, caller: Caller) -> Iterator[None]:
@@ -157,7 +162,10 @@ class Inference:
             self._announcer.announce(RequestExpired(passage.request_id, door.model, due.phase))
             return error
 
-        return Clock(deadline, expired)
+        clock = Clock(deadline, expired)
+        if passage.cause is not None:
+            clock.cancel(passage.cause)
+        return clock
 
     def _error_of(self, due: Due, deadline: Deadline, passage: Passage, door: Door) -> Exception:
         """C13: what took too long, how long it may take, and how long it took."""
@@ -167,8 +175,9 @@ class Inference:
             case Phase.QUEUE:
                 return door.queue_timeout(due.limit_s)
             case Phase.REQUEST:
+                late = f"No answer had begun {due.limit_s:g} s after the request's arrival."
                 return RequestTimeout(
-                    f"No answer had begun {due.limit_s:g} s after the request's arrival.",
+                    late if due.limit_s else "The request's deadline had passed at its arrival.",
                     phase=due.phase,
                     timeout_seconds=due.limit_s,
                     elapsed_seconds=round(now - deadline.arrived, 3),
@@ -193,14 +202,18 @@ class Inference:
         )
 
     async def _admitted(self, door: Door, ticket: Ticket, passage: Passage, clock: Clock) -> Permit:
-        permit = None
-        try:
-            async with clock.running():
-                permit = await door.admit(ticket)
-        except BaseException:
-            if permit is not None:  # its limit passed just then
-                permit.finished()
-            raise
+        clock.check()
+        clock.queued(time.monotonic())
+        permit = door.enter(ticket)
+        if permit is None:
+            try:
+                async with clock.running():
+                    permit = await door.wait(ticket)
+            except BaseException:
+                if permit is not None:  # its limit passed just then
+                    permit.finished()
+                door.leave(ticket)  # or before it began to wait
+                raise
         clock.got_slot()
         passage.worker = permit.worker.id
         queue_s = ticket.granted - ticket.arrived

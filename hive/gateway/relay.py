@@ -5,6 +5,7 @@ engine that dies before saying anything still becomes a proper status; after tha
 the last event of the stream, or, inside an event, a connection closed without its last chunk.
 """
 
+import asyncio
 import re
 import time
 from collections.abc import Callable
@@ -21,11 +22,14 @@ from hive.errors import (
     ServiceUnavailable,
     WorkerCrashed,
 )
+from hive.events import RequestExpired
 from hive.gateway import problems
 from hive.gateway.traffic import Passage
+from hive.policy.deadlines import Phase
 from hive.workers.admission import Permit
 from hive.workers.life import EngineOver, Life
 
+TELL_S = 2.0  # for a client to take the error that ends its stream
 EXIT_S = 1.0  # how long a broken answer waits to learn whether the engine's process ended
 WHOLE_BYTES = 8 * 2**20  # an answer of known length up to this is sent in one piece
 _HOP_BY_HOP = frozenset(
@@ -91,18 +95,20 @@ class Relay:
         """
         downstream = _Downstream(request, passage)
         error: HiveError
+        cancelled: str | None = passage.request_id
         try:
             return await self._exchange(request, body, permit, downstream, weight, observe)
         except ClientLeft:
             raise
         except Unanswered as exc:
+            cancelled = None
             if downstream.response is None:
                 raise
             error = exc.error
         except HiveError as exc:
             error = exc
         finally:
-            permit.aborted(passage.request_id)  # nothing, where the answer is whole
+            permit.aborted(cancelled)  # does nothing where the answer is whole
         if downstream.response is None:
             raise error
         passage.code = error.code
@@ -143,6 +149,9 @@ class Relay:
         except aiohttp.ServerTimeoutError:
             permit.judge(fault=True)
             permit.finished()
+            permit.door.announcer.announce(
+                RequestExpired(passage.request_id, permit.door.model, Phase.CONNECT)
+            )
             timeout = GatewayTimeout(
                 f"The engine did not accept the connection within {connect_s:g} s.",
                 phase="connect",
@@ -155,10 +164,13 @@ class Relay:
         except WorkerCrashed as exc:
             raise Unanswered(exc, may_repeat=False) from exc
         except (aiohttp.ClientError, ConnectionError, EngineOver) as exc:
-            permit.judge(fault=True)
+            if isinstance(exc, aiohttp.ClientConnectorError) and life.pulse is not None:
+                life.pulse.refused()
+            error = await self._why_it_broke_off(life, passage, exc)
+            # What hive ended itself is no fault of the worker.
+            permit.judge(fault=None if isinstance(error, ServiceUnavailable) else True)
             if isinstance(exc, aiohttp.ClientConnectorError):
                 permit.finished()
-            error = await self._why_it_broke_off(life, passage, exc)
             is_transient = isinstance(
                 exc, aiohttp.ClientConnectorError | aiohttp.ServerDisconnectedError
             ) and isinstance(error, BadGateway)
@@ -342,8 +354,13 @@ class _Downstream:
     async def fail(self, error: HiveError) -> None:
         """The error as the last event; inside an event, or without events, only a cut tells."""
         if self._is_stream and self._end.endswith((b"\n\n", b"\r\n\r\n")):
-            await self.send(problems.event(error, self.passage.request_id))
-            await self.finish()
+            try:
+                async with asyncio.timeout(TELL_S):
+                    await self.send(problems.event(error, self.passage.request_id))
+                    await self.finish()
+            except TimeoutError:  # it does not read
+                if self._request.transport is not None:
+                    self._request.transport.abort()
         elif self._request.transport is not None:
             # Without the last chunk or the rest of the length: visibly incomplete.
             self._request.transport.close()

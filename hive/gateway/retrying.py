@@ -40,7 +40,7 @@ class Retries:
         self._delay_s = 0.0  # before the next attempt
         self._is_elsewhere = False  # it goes to another worker
         self._attempts = 1
-        self._outcome = "success"
+        self._outcome = ""
 
     async def after(self, first: Unanswered, attempt: Attempt) -> web.StreamResponse:
         """The answer of a later attempt. Raises the last one's error, or RetryBackoff."""
@@ -51,7 +51,7 @@ class Retries:
             return await attempt(self._ticket) if not failures else _fail(failures.pop())
 
         try:
-            return await AsyncRetrying(
+            answer: web.StreamResponse = await AsyncRetrying(
                 sleep=self._pause,
                 stop=self._must_stop,
                 wait=self._wait_s,
@@ -59,11 +59,13 @@ class Retries:
                 before_sleep=self._tell,
                 reraise=True,
             )(call)
+            self._outcome = "success"
+            return answer
         except Unanswered as last:
             raise self._last_word(last.error) from last
         finally:
-            if self._attempts > 1 or self._outcome != "success":
-                self._announcer.announce(RetriesEnded(OPERATION, self._outcome))
+            if self._attempts > 1 or self._outcome:
+                self._announcer.announce(RetriesEnded(OPERATION, self._outcome or "failed"))
 
     async def _pause(self, seconds: float) -> None:
         self._clock.queued(time.monotonic() + seconds)
@@ -75,7 +77,7 @@ class Retries:
             self._outcome = "exhausted"
         elif time.monotonic() + state.upcoming_sleep >= self._clock.deadline.answer_by:
             self._outcome = "deadline"
-        return self._outcome != "success"
+        return bool(self._outcome)
 
     def _last_word(self, error: HiveError) -> HiveError:
         """What the client is told in the end: what happened, or when to try again (R004)."""
@@ -102,7 +104,7 @@ class Retries:
             return False
         avoid = self._ticket.avoid | {self._passage.worker or ""}
         self._ticket = replace(self._ticket, avoid=avoid, worker=None)
-        self._is_elsewhere = self._door.room.can_serve(self._ticket)
+        self._is_elsewhere = not self._ticket.pinned and self._door.room.can_serve(self._ticket)
         if not self._is_elsewhere:
             self._ticket.avoid = frozenset()
         return self._is_elsewhere or exc.may_repeat

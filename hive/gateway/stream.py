@@ -46,7 +46,7 @@ def event_name(event: Event) -> str:
 class EventStream:
     """Keeps the last events and hands new ones to each open stream.
 
-    Every request has an access line in the log; here only failed ones appear.
+    Every request has an access line in the log; here only those appear that failed at a worker.
     """
 
     def __init__(self) -> None:
@@ -56,8 +56,10 @@ class EventStream:
         self._readers: set[asyncio.Queue[bytes | None]] = set()
 
     def hear(self, event: Event) -> None:
-        if isinstance(event, _NOISE) or (isinstance(event, RequestEnded) and not event.code):
+        if isinstance(event, _NOISE):
             return
+        if isinstance(event, RequestEnded) and not (event.code and event.worker):
+            return  # a flood of refusals would drive everything else out of memory
         self._number += 1
         name = event_name(event)
         facts = {"event": name, "at": datetime.now(UTC).isoformat(), **asdict(event)}

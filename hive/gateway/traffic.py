@@ -39,7 +39,14 @@ class Passage:
     began_at: float = field(default_factory=time.time)
     first_byte: float | None = None
     clock: Clock | None = None  # of inference, once its model is known
+    cause: Exception | None = None  # it was cancelled before it had a clock
     waits_for_client: bool = False  # that does not read
+
+    def cancel(self) -> None:
+        """End it: at once, or when its body is there."""
+        self.cause = RequestCancelled("The request was cancelled as it was asked for.")
+        if self.clock is not None:
+            self.clock.cancel(self.cause)
 
     def view(self) -> dict[str, Any]:
         now = time.monotonic()
@@ -102,8 +109,8 @@ class Traffic:
         Raises NotFound for any other.
         """
         passage = self._passages.get(request_id)
-        if passage is not None and passage.clock is not None and (may_all or passage.key == key):
-            passage.clock.cancel(RequestCancelled("The request was cancelled as it was asked for."))
+        if passage is not None and (may_all or passage.key == key):
+            passage.cancel()
             return
         ended_at, owner = self._ended.get(request_id, (-REMEMBERED_S, None))
         if time.monotonic() - ended_at >= REMEMBERED_S or not (may_all or owner == key):

@@ -150,16 +150,19 @@ class Room:
             del places[ticket]
             self._judge_hints(now)
 
-    def release(self, ticket: Ticket, now: float) -> list[Ticket]:
-        """It gives its slot back; the tickets that go in for it. A second call does nothing."""
+    def release(self, ticket: Ticket, now: float, *, was_used: bool = True) -> list[Ticket]:
+        """It gives its slot back; the tickets that go in for it. A second call does nothing.
+
+        How long a slot is held is learnt from those that `was_used`.
+        """
         if ticket.worker is None or ticket not in self.held[ticket.worker]:
             return []
         self.held[ticket.worker].discard(ticket)
         held_s = now - ticket.granted
-        if self._held_s is None:
-            self._held_s = held_s
-        else:
+        if was_used and self._held_s is not None:
             self._held_s += WEIGHT * (held_s - self._held_s)
+        elif was_used:
+            self._held_s = held_s
         return self.grant(now)
 
     def grant(self, now: float) -> list[Ticket]:

@@ -54,7 +54,7 @@ class Deadline:
     arrived: float
     is_stream: bool = False
     own_s: float | None = None
-    queued_at: float = 0.0  # later than `arrived` when it waits a second time
+    queued_at: float = 0.0  # when it asked for a slot: its body was there, or it asks again
     slot_at: float | None = None
     first_byte_at: float | None = None
     last_byte_at: float = 0.0  # set with the first one
@@ -66,29 +66,31 @@ class Deadline:
         return by if self.own_s is None else min(by, self.arrived + self.own_s)
 
     @property
+    def request(self) -> Due:
+        """The limit of the whole way to the answer's first byte."""
+        limit_s = self.limits.request_s
+        if self.own_s is not None:
+            limit_s = max(0.0, min(limit_s, self.own_s))
+        return Due(self.arrived + limit_s, Phase.REQUEST, limit_s)
+
+    @property
     def due(self) -> Due:
         """The limit that ends the request next."""
         limits = self.limits
         if self.slot_at is None:
             queued_at = max(self.arrived, self.queued_at)
             candidates = [Due(queued_at + limits.queue_s, Phase.QUEUE, limits.queue_s)]
-            candidates.append(self._request())
+            candidates.append(self.request)
         elif self.first_byte_at is None:
             name = Phase.FIRST_TOKEN if self.is_stream else Phase.INFERENCE
             by = self.arrived + limits.request_s - limits.cleanup_s
             at = min(self.slot_at + limits.inference_s, by)
             candidates = [Due(at, name, limits.inference_s)]
             if self.own_s is not None:
-                candidates.append(self._request())
+                candidates.append(self.request)
         else:
             candidates = [Due(self.last_byte_at + limits.stall_s, Phase.STALL, limits.stall_s)]
             if self.is_stream and limits.stream_total_s:
                 total_s = limits.stream_total_s
                 candidates.append(Due(self.slot_at + total_s, Phase.TOTAL, total_s))
         return min(candidates, key=lambda due: due.at)
-
-    def _request(self) -> Due:
-        limit_s = self.limits.request_s
-        if self.own_s is not None:
-            limit_s = min(limit_s, self.own_s)
-        return Due(self.arrived + limit_s, Phase.REQUEST, limit_s)

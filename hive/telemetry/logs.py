@@ -1,10 +1,15 @@
 """Structured logs: every line with its request id, secrets taken out, one line for each fact.
 
-JSON, unless stderr is a terminal. Levels follow C29; an error's level is its class's.
+JSON, unless stderr is a terminal. Levels follow C29; an error's level is its class's. Whoever
+logs never waits for whoever reads: a thread writes, and what does not fit is dropped and counted.
 """
 
+import contextlib
 import logging
+import os
 import sys
+import threading
+from collections import deque
 from dataclasses import asdict
 from typing import Any
 
@@ -34,7 +39,11 @@ from hive.events import (
     request_id_var,
 )
 from hive.policy.redaction import without_secrets
+from hive.policy.visible import visible
 
+STDERR = 2
+HELD_CHARS = 8 * 2**20  # of lines that are not written yet
+FLUSH_S = 2.0  # what whoever reads gets at the end to take the last lines
 _LEVELS = {
     "debug": logging.DEBUG,
     "info": logging.INFO,
@@ -59,6 +68,11 @@ def _redacted(_logger: Any, _name: str, line: EventDict) -> EventDict:
     return line
 
 
+def _visible(_logger: Any, _name: str, line: EventDict) -> EventDict:
+    """What engines and clients said must not steer the operator's terminal."""
+    return {key: visible(value) if isinstance(value, str) else value for key, value in line.items()}
+
+
 def _bad_http(record: logging.LogRecord) -> bool:
     """What a client sent that is not HTTP is its fault: a line without a traceback."""
     error = record.exc_info[1] if record.exc_info else None
@@ -69,7 +83,104 @@ def _bad_http(record: logging.LogRecord) -> bool:
     return True
 
 
-def configure(level: str) -> None:
+class Writer(logging.Handler):
+    """Writes lines to a descriptor from a thread of its own; `emit` never waits.
+
+    Lines are formatted where they are logged: there are the request's context and its secrets.
+    Once one does not fit, all are dropped until those that are held are written, so that the
+    order is kept and the gap is told once, where it is.
+    """
+
+    def __init__(self, fd: int) -> None:
+        super().__init__()
+        self._fd = fd
+        self._lines: deque[str] = deque()
+        self._held = self._dropped = 0
+        self._is_closed = self._is_writing = False
+        self._changed = threading.Condition()
+        threading.Thread(target=self._write, name="log", daemon=True).start()
+
+    def emit(self, record: logging.LogRecord) -> None:
+        try:
+            line = self.format(record) + "\n"
+        except Exception:  # noqa: BLE001 (as every handler: a bad log call is no failure of hive)
+            self.handleError(record)
+            return
+        with self._changed:
+            if self._dropped or self._held + len(line) > HELD_CHARS:
+                self._dropped += 1
+            else:
+                self._hold(line)
+
+    def tell(self, text: str) -> None:
+        """Write lines that are no log lines after those that are; they always fit."""
+        with self._changed:
+            if self._dropped:
+                self._hold(self._gap())
+            self._hold(text)
+
+    def flush(self) -> None:
+        """Return when all is written, or when nobody has taken it within FLUSH_S."""
+        with self._changed:
+            self._changed.wait_for(lambda: not self._is_behind, FLUSH_S)
+
+    def close(self) -> None:
+        with self._changed:
+            self._is_closed = True
+            self._changed.notify_all()
+        super().close()
+
+    @property
+    def _is_behind(self) -> bool:
+        return bool(self._lines or self._dropped or self._is_writing)
+
+    def _hold(self, text: str) -> None:
+        self._lines.append(text)
+        self._held += len(text)
+        self._changed.notify_all()
+
+    def _gap(self) -> str:
+        count, self._dropped = self._dropped, 0
+        said = f"{count} log lines were dropped: nobody read them in time"
+        record = logging.LogRecord("hive", logging.WARNING, "", 0, said, (), None)
+        return self.format(record) + "\n"
+
+    def _write(self) -> None:
+        while (text := self._next()) is not None:
+            with contextlib.suppress(OSError):  # its reader left, or its disk is full
+                unwritten = text.encode(errors="backslashreplace")
+                while unwritten:
+                    unwritten = unwritten[os.write(self._fd, unwritten) :]
+
+    def _next(self) -> str | None:
+        """What is to be written next, when there is something; None at the end."""
+        with self._changed:
+            self._is_writing = False
+            self._changed.notify_all()
+            self._changed.wait_for(lambda: self._is_closed or self._is_behind)
+            if not self._is_behind:
+                return None
+            self._is_writing = True
+            if not self._lines:
+                return self._gap()
+            self._held -= len(self._lines[0])
+            return self._lines.popleft()
+
+    def __repr__(self) -> str:
+        return f"<Writer {len(self._lines)} lines held, {self._dropped} dropped>"
+
+
+def tell(text: str) -> None:
+    """Write lines for people to stderr, in order with the log where there is one."""
+    writers = [one for one in logging.getLogger().handlers if isinstance(one, Writer)]
+    for writer in writers:
+        writer.tell(text)
+    if not writers:
+        sys.stderr.write(text)
+        sys.stderr.flush()
+
+
+def configure(level: str, fd: int = STDERR) -> Writer:
     """Send everything, the standard library's logging included, to stderr in one form."""
     shared: list[Processor] = [
         structlog.stdlib.add_log_level,
@@ -77,17 +188,22 @@ def configure(level: str) -> None:
         structlog.processors.TimeStamper(fmt="iso", utc=True),
         _with_request_id,
     ]
-    is_terminal = sys.stderr.isatty()
+    is_terminal = os.isatty(fd)
+    # Tracebacks plain: the pretty ones show local variables, which nothing would redact.
+    plain = structlog.dev.ConsoleRenderer(exception_formatter=structlog.dev.plain_traceback)
     last: list[Processor] = (
-        [_redacted, structlog.dev.ConsoleRenderer()]
-        if is_terminal
-        else [structlog.processors.format_exc_info, _redacted, structlog.processors.JSONRenderer()]
+        [_visible, plain] if is_terminal else [structlog.processors.JSONRenderer()]
     )
-    handler = logging.StreamHandler(sys.stderr)
+    handler = Writer(fd)
     handler.setFormatter(
         structlog.stdlib.ProcessorFormatter(
             foreign_pre_chain=shared,
-            processors=[structlog.stdlib.ProcessorFormatter.remove_processors_meta, *last],
+            processors=[
+                structlog.stdlib.ProcessorFormatter.remove_processors_meta,
+                structlog.processors.format_exc_info,
+                _redacted,
+                *last,
+            ],
         )
     )
     logging.getLogger("aiohttp.server").addFilter(_bad_http)
@@ -100,6 +216,7 @@ def configure(level: str) -> None:
         wrapper_class=structlog.stdlib.BoundLogger,
         cache_logger_on_first_use=True,
     )
+    return handler
 
 
 def write(event: Event) -> None:

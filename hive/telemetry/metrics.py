@@ -146,7 +146,7 @@ class Metrics:
         )
         self.retries = Counter(
             "hive_retries",
-            "Calls made again (outcome retry), and how it ended: success, exhausted, deadline.",
+            "Calls made again (outcome retry), and how it ended: success, exhausted, deadline, failed.",
             ["operation", "outcome"],
             registry=r,
         )
@@ -300,7 +300,7 @@ class Metrics:
                     self.ecc_errors.labels(event.device).set(event.ecc_errors)
             case XidSeen():
                 xid = str(event.xid) if event.xid in XIDS else "other"
-                self.xids.labels(event.device, xid).inc()
+                self.xids.labels(event.device, xid).inc(event.count)
             case VramChecked():
                 self.vram_receipts.labels(event.device, event.outcome).inc()
             case LeakFound():

@@ -10,7 +10,7 @@ import logging
 import os
 import socket
 from collections.abc import Iterator, MutableMapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from ipaddress import IPv6Address, ip_address
 
 from hive.errors import ConfigInvalid, HiveError
@@ -22,9 +22,11 @@ from hive.workers.preflight import VERSIONS_S
 
 log = logging.getLogger(__name__)
 
+FEED_S = 0.01  # a watchdog is not fed more often, since that would be all that hive did
 FIRST_FD = 3  # where inherited descriptors begin, by the protocol
 START_MARGIN_S = 60.0  # beside waiting for the driver and asking engines: imports, devices, a sweep
 STOP_MARGIN_S = 20.0  # beside draining, TERM and KILL: proof that all is gone, closing connections
+DIGITS = 18  # of a number in the environment: of microseconds these are 30,000 years
 NAMED = 5  # workers that a status names one by one
 
 
@@ -95,8 +97,8 @@ class Watchdog:
         limit = env.pop("WATCHDOG_USEC", "")
         watched = env.pop("WATCHDOG_PID", "") or str(os.getpid())
         if limit and watched == str(os.getpid()):
-            if limit.isdecimal() and int(limit):
-                self.every_s = int(limit) / 2 / 1e6
+            if usec := _number(limit):
+                self.every_s = max(FEED_S, usec / 2 / 1e6)
             else:
                 log.warning("WATCHDOG_USEC is no number of microseconds; the watchdog is not fed")
 
@@ -207,17 +209,14 @@ def inherited_socket(
     env.pop("LISTEN_PIDFDID", "")
     if pid != str(os.getpid()) or not count.isdecimal() or count == "0":
         return None
-    fds = range(first_fd, first_fd + int(count))
-    for fd in fds:
-        with suppress(OSError):  # one that is not open is told below
-            os.set_inheritable(fd, False)
-    if len(fds) != 1:
+    if count != "1":
         raise ConfigInvalid(
-            f"The socket unit {unit} passes {len(fds)} sockets; hive serves on one.",
+            f"The socket unit {unit} passes {count[:DIGITS]} sockets; hive serves on one.",
             action=f"Leave one ListenStream= in {unit}, then restart the socket unit.",
         )
     try:
-        sock = socket.socket(fileno=fds[0])
+        os.set_inheritable(first_fd, False)
+        sock = socket.socket(fileno=first_fd)
     except OSError as exc:
         raise _no_listener(unit) from exc
     try:
@@ -260,6 +259,11 @@ def _must_be_guarded(sock: socket.socket, unit: str, settings: Settings) -> None
             action=f"Make a key with 'hive key new NAME', or set ListenStream=127.0.0.1:PORT in "
             f"{unit}.",
         )
+
+
+def _number(text: str) -> int:
+    """A whole number from the environment; 0 for what is none."""
+    return int(text) if text.isdecimal() and len(text) <= DIGITS else 0
 
 
 def _usec(seconds: float) -> int:

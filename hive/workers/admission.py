@@ -33,7 +33,7 @@ class Permit:
         self.life = worker.take()
         self._era = era
         self._weight = 0
-        self._is_closed = self._is_judged = False
+        self._is_closed = self._is_judged = self._is_aborting = False
 
     def began(self, weight: int) -> None:
         """The request is on its way to the engine."""
@@ -43,26 +43,28 @@ class Permit:
 
     def finished(self) -> None:
         """The engine's answer came to its end, or nothing was sent: the slot is free."""
+        if self._is_closed or self._is_aborting:
+            return
         if self._weight and self.life.pulse is not None:
             self.life.pulse.ended(self._weight)
         self._close()
 
-    def aborted(self, request_id: str) -> None:
-        """Its connection was closed before; the slot is free when the engine has stopped, too."""
-        if self._is_closed:
+    def aborted(self, request_id: str | None) -> None:
+        """Its connection was closed before; the slot is free when the engine has stopped, too.
+
+        `request_id` is that of a request that was cancelled; None where the engine broke off.
+        """
+        if self._is_closed or self._is_aborting:
             return
+        self._is_aborting = True
         began = time.monotonic()
 
         def done(confirmed: str) -> None:
-            self.door.announcer.announce(
-                RequestAborted(
-                    request_id,
-                    self.door.model,
-                    self.worker.id,
-                    confirmed,
-                    time.monotonic() - began,
-                )
-            )
+            seconds = time.monotonic() - began
+            if request_id is not None:
+                door, worker = self.door, self.worker.id
+                event = RequestAborted(request_id, door.model, worker, confirmed, seconds)
+                door.announcer.announce(event)
             self._close()
 
         if self._weight and self.life.pulse is not None:
@@ -141,11 +143,17 @@ class Door:
         }
 
     async def admit(self, ticket: Ticket) -> Permit:
-        """A slot, at once or after waiting for it; whoever waits may be cancelled at any time.
+        """A slot, at once or after waiting for it. Raises like `enter`."""
+        return self.enter(ticket) or await self.wait(ticket)
+
+    def enter(self, ticket: Ticket) -> Permit | None:
+        """A slot; None: it has a place in the waiting room, and must `wait`.
 
         Raises ServiceUnavailable whose reason says why not (C12), CircuitBreakerOpen or
         GpuQuarantined.
         """
+        if not self.room.can_serve(ticket):
+            ticket.avoid = frozenset()  # who failed it before is better than nobody
         if not self.room.can_serve(ticket):
             raise self._told(self._why_not(ticket))
         try:
@@ -154,17 +162,26 @@ class Door:
             raise self._told(self._no_place(full)) from None
         if is_in:
             return self._permit(ticket)
-        future = self._futures[ticket] = asyncio.get_running_loop().create_future()
+        self._futures[ticket] = asyncio.get_running_loop().create_future()
+        return None
+
+    async def wait(self, ticket: Ticket) -> Permit:
+        """The slot that it waits for; may be cancelled at any time. Raises like `enter`."""
+        future = self._futures[ticket]
         try:
             permit: Permit = await future
         except BaseException:
             if future.done() and not future.cancelled() and future.exception() is None:
                 future.result().finished()  # let in just as it left
-            elif self._futures.pop(ticket, None) is not None:
-                self.room.leave(ticket, time.monotonic())
-                self._tell_of_hints()
+            self.leave(ticket)
             raise
         return permit
+
+    def leave(self, ticket: Ticket) -> None:
+        """It waits no longer; does nothing for one that does not wait."""
+        if self._futures.pop(ticket, None) is not None:
+            self.room.leave(ticket, time.monotonic())
+            self._tell_of_hints()
 
     def shut(self) -> None:
         """hive is stopping: nobody goes in any more, and whoever waits is told."""
@@ -204,17 +221,23 @@ class Door:
             return
         if breaker.state is BreakerState.OPEN:
             self._turn_away(self.room.close(worker.id))
-            self._stop_cooling(worker)
-            self._cooling[worker.id] = asyncio.get_running_loop().call_later(
-                breaker.cooldown_s, self._half_open, worker
-            )
+            self._cool(worker, breaker.cooldown_s)
         elif worker.state is State.READY and not self.is_draining:
             self._let_in(self.room.open(worker.id, now))
 
     def _half_open(self, worker: Worker) -> None:
-        self._cooling.pop(worker.id, None)
-        if worker.state is State.READY and not self.is_draining:
+        self._stop_cooling(worker)
+        if worker.state is not State.READY or self.is_draining:
+            return
+        if (left_s := self.breakers[worker.id].retry_in_s(time.monotonic())) > 0:
+            self._cool(worker, left_s)  # a loop's timer may ring a little early
+        else:
             self._let_in(self.room.open_once(worker.id, time.monotonic()))
+
+    def _cool(self, worker: Worker, seconds: float) -> None:
+        self._stop_cooling(worker)
+        timer = asyncio.get_running_loop().call_later(seconds, self._half_open, worker)
+        self._cooling[worker.id] = timer
 
     def _stop_cooling(self, worker: Worker) -> None:
         if timer := self._cooling.pop(worker.id, None):
@@ -247,12 +270,24 @@ class Door:
         return Permit(self, ticket, worker, era)
 
     def _let_in(self, tickets: Iterable[Ticket]) -> None:
-        for ticket in tickets:
-            self._futures.pop(ticket).set_result(self._permit(ticket))
+        pending = list(tickets)
+        while pending:
+            ticket = pending.pop(0)
+            future = self._futures.pop(ticket)
+            if not future.done():
+                future.set_result(self._permit(ticket))
+                continue
+            # Cancelled at this very moment: the next one may go.
+            worker = self.workers[ticket.worker or ""]
+            pending += self.room.release(ticket, time.monotonic(), was_used=False)
+            if self.breakers[worker.id].state is not BreakerState.CLOSED:
+                self._half_open(worker)  # it was to be the probe
 
     def _turn_away(self, tickets: Iterable[Ticket]) -> None:
         for ticket in tickets:
-            self._futures.pop(ticket).set_exception(self._told(self._why_not(ticket)))
+            future = self._futures.pop(ticket)
+            if not future.done():
+                future.set_exception(self._told(self._why_not(ticket)))
 
     def _told(self, error: HiveError) -> HiveError:
         reason = error.details.get("reason") or error.code.lower()
@@ -300,10 +335,11 @@ class Door:
         workers = list(self.workers.values())
         if ticket.pinned is not None:
             workers = [self.workers[ticket.pinned]]
-        ready = [worker for worker in workers if worker.state is State.READY]
-        if ready and not self.is_draining:
+        ready = [self.breakers[w.id] for w in workers if w.state is State.READY]
+        broken = [breaker for breaker in ready if breaker.state is not BreakerState.CLOSED]
+        if broken and not self.is_draining:
             now = time.monotonic()
-            first = min((self.breakers[w.id] for w in ready), key=lambda b: b.retry_in_s(now))
+            first = min(broken, key=lambda breaker: breaker.retry_in_s(now))
             return CircuitBreakerOpen(
                 f"Model {self.model} failed {first.count} times in a row and is not asked for a "
                 "while.",

@@ -19,6 +19,7 @@ class EngineClient:
 
     def __init__(self, socket: Path, model: str) -> None:
         self.model = model
+        self._socket = socket
         self._session = aiohttp.ClientSession(
             base_url="http://engine",
             connector=aiohttp.UnixConnector(str(socket), force_close=True),
@@ -42,6 +43,18 @@ class EngineClient:
                 return answer.status == 200  # noqa: PLR2004
         except (OSError, TimeoutError, aiohttp.ClientError):
             return False
+
+    async def is_listening(self) -> bool:
+        """Whether anybody takes connections; who is merely slow or full does."""
+        try:
+            async with asyncio.timeout(HEALTH_S):
+                _, writer = await asyncio.open_unix_connection(self._socket)
+        except (FileNotFoundError, ConnectionRefusedError):
+            return False
+        except (OSError, TimeoutError):
+            return True
+        writer.close()
+        return True
 
     async def ask(self, method: str, path: str, body: Any = None) -> tuple[int, bytes]:
         """One request with JSON: status and raw answer. Raises ProbeFailed when it breaks off."""

@@ -13,7 +13,10 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
+from typing import BinaryIO
 
+from hive.policy.visible import visible
+from hive.settings import open_regular
 from hive.workers.guard import HEADER
 from hive.workers.messages import (
     Cause,
@@ -24,7 +27,16 @@ from hive.workers.messages import (
     of_thrown,
 )
 
-__all__ = ["Cause", "Diagnosis", "classify", "diagnose", "last_words", "log_files", "read_tail"]
+__all__ = [
+    "Cause",
+    "Diagnosis",
+    "classify",
+    "diagnose",
+    "last_words",
+    "log_files",
+    "open_log",
+    "read_tail",
+]
 
 TAIL_BYTES = 16 * 1024
 TAIL_LINES = 5
@@ -40,10 +52,16 @@ WORKING_S = 5.0  # between two reports of generated tokens; the first may count 
 NCCL_LINES = 5  # after NCCL's exception, within which it names the CUDA error
 
 
+def open_log(path: Path) -> BinaryIO:
+    """A log, for reading. Raises OSError, also for what an engine may have put in its place: a
+    pipe that nobody writes to, or a link to a file that only hive may read."""
+    return open_regular(path, os.O_NOFOLLOW)
+
+
 def read_tail(path: Path, most_bytes: int = TAIL_BYTES) -> bytes:
     """The last `most_bytes` of a file, from the beginning of a line; empty if unreadable."""
     try:
-        with path.open("rb") as file:
+        with open_log(path) as file:
             size = os.fstat(file.fileno()).st_size
             file.seek(max(0, size - most_bytes))
             text = file.read(most_bytes)
@@ -59,13 +77,16 @@ def last_words(path: Path) -> list[str]:
     lines = newest.splitlines()
     if HEADER in text:
         lines = lines[1:]
-    said = [line.strip()[:LINE_CHARS] for line in lines if line.strip() and not line[:1].isspace()]
-    return said[-TAIL_LINES:]
+    said = [_plain(line).strip() for line in lines if not line[:1].isspace()]
+    return [line[:LINE_CHARS] for line in said if line][-TAIL_LINES:]
 
 
 def log_files(path: Path) -> Iterator[Path]:
     """A worker's log files that exist, oldest first."""
-    older = sorted(path.parent.glob(path.name + ".[0-9]*"), key=lambda p: -int(p.suffix[1:]))
+    rotated = (
+        p for p in path.parent.glob(path.name + ".*") if re.fullmatch(r"\.\d{1,4}", p.suffix)
+    )
+    older = sorted(rotated, key=lambda p: -int(p.suffix[1:]))
     yield from (p for p in (*older, path) if p.exists())
 
 
@@ -94,6 +115,13 @@ def classify(lines: Iterable[str]) -> Diagnosis | None:
 # At the end of a line: the engine before may have ended in the middle of one.
 _START = re.compile(re.escape(HEADER) + r"[\d:T+-]{20,30} pid \d{1,10}$")
 _COLOUR = re.compile(r"\x1b\[[0-9;]{0,16}m")
+
+
+def _plain(line: str) -> str:
+    """A line without its colours, and with what else is not to be seen made visible."""
+    return visible(_COLOUR.sub("", line))
+
+
 # (EngineCore pid=7) ERROR 11-21 12:00:00 [core.py:842] …, and as older versions of vLLM wrote it:
 # (VllmWorker rank=0 pid=7) ERROR 07-24 08:26:01 multiproc_worker_utils.py:226] …
 _WHO = re.compile(
@@ -157,7 +185,7 @@ class _Reading:
         self._worked_at: float | None = None
 
     def read(self, line: str) -> None:
-        text = _COLOUR.sub("", line[:SHAPE_CHARS]).rstrip("\r\n")
+        text = _plain(line[:SHAPE_CHARS].rstrip("\r\n"))
         who = ""
         for _ in range(2):  # Ray puts a prefix of its own before vLLM's
             if named := _WHO.match(text):

@@ -146,10 +146,12 @@ class Fleet:
                 tasks.create_task(end(worker), name=f"stop:{worker.id}")
 
     def refuse(self) -> None:
-        """Take no new requests from now on, and send away whoever waits."""
+        """Take no new requests from now on, send away whoever waits, start nothing any more."""
         self.is_draining = True
         for door in self.doors.values():
             door.shut()
+        for worker in self.workers.values():
+            worker.retire()
 
     # ── devices ─────────────────────────────────────────────────────────────────────────────────
 

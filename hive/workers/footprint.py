@@ -9,7 +9,7 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypeGuard
 
 from hive.errors import ConfigInvalid, GpuVramExhausted
 from hive.settings import Model
@@ -47,6 +47,7 @@ _OTHER_CACHE = re.compile(
     r"attention_groups|kv_cache_(scheme|quant)"
 )
 _AMBIGUOUS = len("--device")  # a beginning of this length may be another option
+HIGHEST = 10**9  # of any count that config.json or an argument may state: layers, heads, tokens
 _LENGTHS = ("max_position_embeddings", "original_max_position_embeddings", "model_max_length")
 
 
@@ -116,7 +117,7 @@ def told_utilization(name: str, model: Model) -> float | None:
 
 def _count(text: str | None) -> int | None:
     """vLLM's numbers: 8k is 8,000 and 8K is 8,192. None for what is not one ("auto", say)."""
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)([kmgtKMGT]?)", (text or "").strip())
+    match = re.fullmatch(r"(\d{1,15}(?:\.\d{1,9})?)([kmgtKMGT]?)", (text or "").strip(), re.ASCII)
     if not match:
         return None
     power = " kmgt".index(match[2].lower() or " ")
@@ -131,7 +132,7 @@ def _stated_kv(model: Model) -> int:
 
 def _cpu_kv(model: Model) -> int:
     told = model.env.get(CPU_KV_VARIABLE, "")
-    whole = int(told) * GIB if told.isdecimal() else 0
+    whole = int(told) * GIB if re.fullmatch(r"\d{1,9}", told, re.ASCII) else 0
     return whole or _stated_kv(model) or int(CPU_KV_GIB * GIB)
 
 
@@ -153,16 +154,28 @@ def kv_bytes_per_token(config: Mapping[str, Any], devices: int = 1) -> int | Non
         is_unused = key == "sliding_window" and text.get("use_sliding_window") is False
         if value and not is_unused and _OTHER_CACHE.search(key):
             return None
-    try:
-        if set(text.get("layer_types") or ()) - {"full_attention"}:
-            return None
-        heads = text["num_attention_heads"]
-        kv_heads = text.get("num_key_value_heads") or heads
-        head = text.get("head_dim") or text["hidden_size"] // heads
-        # 16 bit: "auto" casts float32, and nothing smaller is computed in.
-        return int(text["num_hidden_layers"] * 2 * max(1, kv_heads // devices) * head * 2)
-    except (KeyError, TypeError, ValueError, ArithmeticError):
+    layer_types = text.get("layer_types") or []
+    if not isinstance(layer_types, list) or any(one != "full_attention" for one in layer_types):
         return None
+    try:
+        heads = _whole(text.get("num_attention_heads"))
+        kv_heads = _whole(text.get("num_key_value_heads") or heads)
+        head = _whole(text.get("head_dim") or _whole(text.get("hidden_size")) // heads)
+        # 16 bit: "auto" casts float32, and nothing smaller is computed in.
+        return _whole(text.get("num_hidden_layers")) * 2 * max(1, kv_heads // devices) * head * 2
+    except ValueError:
+        return None
+
+
+def _is_whole(value: object) -> TypeGuard[int]:
+    """Whether a value of config.json can be a count: no text, no list that a product repeats."""
+    return type(value) is int and 0 < value <= HIGHEST
+
+
+def _whole(value: object) -> int:
+    if not _is_whole(value):
+        raise ValueError(f"not a count: {type(value).__name__}")
+    return value
 
 
 def _text_part(config: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -175,7 +188,7 @@ def _longest_request(model: Model, config: Mapping[str, Any]) -> int | None:
     """max_model_len, in tokens: what vLLM wants room for; None where it chooses ("auto")."""
     told = argument(model.args, "--max-model-len")
     text = _text_part(config)
-    lengths = [text[key] for key in _LENGTHS if isinstance(text.get(key), int)]
+    lengths = [length for key in _LENGTHS if _is_whole(length := text.get(key))]
     return _count(told) if told is not None else min(lengths, default=None)
 
 
@@ -251,7 +264,8 @@ def stated_utilization(
     if told_utilization(name, model) is not None:
         return None
     used = _used(model, files, devices)
-    if used is None or not (model.required_vram_gib or _stated_kv(model)):
+    is_stated = model.required_vram_gib or _stated_kv(model)
+    if used is None or not is_stated or smallest_bytes <= 0:
         return None
     shares = (used.bytes - CUDA_BYTES - 1) * SHARES // smallest_bytes
     return min(max(shares, 1), SHARES) / SHARES
@@ -318,7 +332,7 @@ def vram_error(
         hints.append(f"free {gib_up(need.bytes - free_bytes)} GiB on {device}")
     decided = need.parts[0][0]
     if decided == "claim":
-        fits = (free_bytes - CUDA_BYTES - 1) * 100 // total_bytes / 100
+        fits = (free_bytes - CUDA_BYTES - 1) * 100 // max(1, total_bytes) / 100
         if fits > 0 and fits * total_bytes + CUDA_BYTES >= need.least:
             hints.append(
                 f"set gpu_memory_utilization to {fits:g}, the highest that fits now, and a lower "

@@ -15,18 +15,21 @@ removed}.
 
 import contextlib
 import ctypes
+import errno
 import json
 import math
 import os
+import re
 import selectors
 import shutil
 import signal
 import socket
+import stat
 import subprocess
 import sys
 import time
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -43,6 +46,8 @@ SOON_S = 0.03  # from a new name in /dev/shm to the look at who maps it
 IN_CREATE = 0x100
 TICK_S = 1.0  # how often the tree's members and shared memory are recorded
 ENDING_TICK_S = 0.02  # how often an ending tree is looked at
+# Nobody could look just now, and what was not seen may well be there.
+BLIND = (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EIO)
 
 
 class Process(NamedTuple):
@@ -88,12 +93,36 @@ def become_subreaper() -> None:
     prctl(PR_SET_CHILD_SUBREAPER, 1)
 
 
-def look_at(pid: int) -> Process | None:
-    """What /proc says of `pid`, or None when it is gone."""
+@contextlib.contextmanager
+def if_seen() -> Iterator[None]:
+    """Pass over what is gone or not ours to look at; who could not look at all gets OSError."""
     try:
-        text = Path(f"/proc/{pid}/stat").read_text(errors="replace")
-    except OSError:
+        yield
+    except OSError as exc:
+        unless_gone(exc)
+
+
+def unless_gone(why: OSError) -> None:
+    if why.errno in BLIND:
+        raise why
+
+
+def proc_file(pid: int, name: str) -> bytes | None:
+    """/proc/PID/name; None when the process is gone or not ours to look at. Raises OSError."""
+    with if_seen():
+        return Path(f"/proc/{pid}/{name}").read_bytes()
+    return None
+
+
+def look_at(pid: int) -> Process | None:
+    """What /proc says of `pid`, or None when it is gone.
+
+    Raises OSError, like all that looks at processes here, when nobody could look (BLIND).
+    """
+    content = proc_file(pid, "stat")
+    if content is None:
         return None
+    text = content.decode(errors="replace")
     # The name is in brackets and may hold brackets and spaces itself.
     name, _, rest = text.partition("(")[2].rpartition(")")
     fields = rest.split()
@@ -122,39 +151,73 @@ def descendants(root: int, processes: Iterable[Process] | None = None) -> list[P
 
 def mark_of(pid: int) -> str | None:
     """HIVE_MARK in the process's environment, or None when it has none or is not ours to read."""
-    try:
-        environ = Path(f"/proc/{pid}/environ").read_bytes()
-    except OSError:
-        return None
-    for entry in environ.split(b"\0"):
+    for entry in (proc_file(pid, "environ") or b"").split(b"\0"):
         if entry.startswith(b"HIVE_MARK="):
             return entry[10:].decode(errors="replace")
     return None
 
 
-def shared_memory(pid: int) -> dict[str, int]:
-    """Names in /dev/shm that a process maps, each with its inode.
+def shared_memory(pid: int, *, written: bool = False) -> set[int]:
+    """Inodes of the files in /dev/shm that a process maps or has open; if `written`, to write.
 
-    A named semaphore is mapped under a name that is deleted at once: it is known by its inode.
+    By inode, since glibc maps a named semaphore under a name that it deletes at once.
     """
-    found: dict[str, int] = {}
-    renamed: set[int] = set()
-    with contextlib.suppress(OSError):
+    found: set[int] = set()
+    with if_seen():
         device = os.stat(SHM).st_dev
-        ours = f"{os.major(device):02x}:{os.minor(device):02x}"
-        for line in Path(f"/proc/{pid}/maps").read_text(errors="replace").splitlines():
-            where = line.find(SHM)
-            if where < 0 or line.split(None, 4)[3] != ours:
-                continue
-            inode = int(line.split(None, 5)[4])
-            if line.endswith(" (deleted)"):
-                renamed.add(inode)
-            else:
-                found[line[where + len(SHM) :]] = inode
-        if renamed:
-            with os.scandir(SHM) as entries:
-                found |= {e.name: e.inode() for e in entries if e.inode() in renamed}
+        for inode, is_written in (*_mapped(pid, device), *_opened(pid, device)):
+            if is_written or not written:
+                found.add(inode)
     return found
+
+
+def _mapped(pid: int, device: int) -> Iterator[tuple[int, bool]]:
+    ours = f"{os.major(device):02x}:{os.minor(device):02x}"
+    for line in (proc_file(pid, "maps") or b"").decode(errors="replace").splitlines():
+        if SHM in line:
+            _, how, _, where, inode, _ = line.split(None, 5)
+            if where == ours:
+                yield int(inode), how.endswith("s") and "w" in how  # "rw-s"
+
+
+def _opened(pid: int, device: int) -> Iterator[tuple[int, bool]]:
+    for fd in os.listdir(f"/proc/{pid}/fd"):
+        link = f"/proc/{pid}/fd/{fd}"
+        with if_seen():
+            # What is elsewhere is not touched: another file system may let one wait.
+            if os.readlink(link).startswith(SHM) and (about := os.stat(link)).st_dev == device:
+                yield about.st_ino, bool(os.lstat(link).st_mode & stat.S_IWUSR)
+
+
+def names_in_shm() -> dict[str, int]:
+    """What is in /dev/shm itself, each name with its inode. Raises OSError when nobody could look."""
+    with if_seen(), os.scandir(SHM) as entries:
+        return {entry.name: entry.inode() for entry in entries}
+    return {}
+
+
+def written_by(processes: Iterable[Process], before: Collection[int] | None) -> dict[str, int]:
+    """Names in /dev/shm that these processes write, and that are theirs to leave behind.
+
+    `before` is what was there when their tree was started; None: nobody knows, so nothing is.
+    """
+    if before is None:
+        return {}
+    inodes = {inode for p in processes for inode in shared_memory(p.pid, written=True)}
+    if not inodes.difference(before):
+        return {}
+    names = names_in_shm().items()
+    return {n: i for n, i in names if i in inodes and i not in before and is_ours(n, i)}
+
+
+def is_ours(name: str, inode: int) -> bool:
+    """Whether a name in /dev/shm is this very file, and a plain one of this user's."""
+    try:
+        about = os.lstat(SHM + name)
+    except OSError:
+        return False
+    is_plain = stat.S_ISREG(about.st_mode) and "/" not in name
+    return is_plain and about.st_ino == inode and about.st_uid == os.geteuid()
 
 
 def send_signal(process: Process, number: int) -> None:
@@ -173,10 +236,7 @@ def ask_to_end(process: Process) -> None:
 
 def is_resource_tracker(pid: int) -> bool:
     """Python's multiprocessing tracker: it ignores TERM, and ends once it has nobody to track."""
-    try:
-        return b"multiprocessing.resource_tracker" in Path(f"/proc/{pid}/cmdline").read_bytes()
-    except OSError:
-        return False
+    return b"multiprocessing.resource_tracker" in (proc_file(pid, "cmdline") or b"")
 
 
 def kill(process: Process, seconds_late: float) -> bool:
@@ -198,23 +258,61 @@ def describe(process: Process) -> dict[str, Any]:
 
 
 def remove_shared_memory(recorded: dict[str, int]) -> list[str]:
-    """Unlink recorded names that are still the same file and that no living process maps."""
-    there: dict[str, int] = {}
-    for name, inode in recorded.items():
-        with contextlib.suppress(OSError):
-            if os.stat(SHM + name).st_ino == inode:
-                there[name] = inode
+    """Unlink recorded names that are still the same file of ours and that nobody holds."""
+    there = {name: inode for name, inode in recorded.items() if is_ours(name, inode)}
     if not there:
         return []
-    mapped: set[str] = set()
-    for process in every_process():
-        mapped |= shared_memory(process.pid).keys() & there.keys()
+    held = {inode for process in every_process() for inode in shared_memory(process.pid)}
     removed = []
-    for name in there.keys() - mapped:
-        with contextlib.suppress(OSError):
-            os.unlink(SHM + name)
-            removed.append(name)
+    for name, inode in there.items():
+        if inode not in held:
+            with contextlib.suppress(OSError):
+                os.unlink(SHM + name)
+                removed.append(name)
     return sorted(removed)
+
+
+def mounts() -> list[tuple[str, str]]:
+    """Every mount point with the type of its file system."""
+    found = []
+    for line in Path("/proc/self/mountinfo").read_text(errors="replace").splitlines():
+        before, _, after = line.partition(" - ")
+        point = re.sub(r"\\([0-7]{3})", lambda octal: chr(int(octal[1], 8)), before.split()[4])
+        found.append((point, after.split()[0]))
+    return found
+
+
+def is_mounted(home: str | Path) -> bool:
+    """Whether something is mounted there, or below: then its content is another's."""
+    place = f"{os.path.realpath(Path(home).parent)}/{Path(home).name}"
+    return any(f"{point}/".startswith(f"{place}/") for point, _ in mounts())
+
+
+def remove_home(home: str | Path, made: Sequence[int]) -> None:
+    """Remove a worker's directory whole, if it is the one that was made (st_dev, st_ino).
+
+    In its place, or in that of a directory above it, there may be another's by now.
+    """
+    with contextlib.suppress(OSError):
+        fd = os.open(home, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+        try:
+            about = os.fstat(fd)
+            if [about.st_dev, about.st_ino] != list(made) or is_mounted(home):
+                return
+            _empty(fd)
+        finally:
+            os.close(fd)
+        os.rmdir(home)
+
+
+def _empty(directory: int) -> None:
+    with os.scandir(directory) as entries:
+        for entry in list(entries):
+            if entry.is_dir(follow_symlinks=False):
+                shutil.rmtree(entry.name, ignore_errors=True, dir_fd=directory)
+            else:
+                with contextlib.suppress(OSError):
+                    os.unlink(entry.name, dir_fd=directory)
 
 
 def tell_kernel(path: Path, text: str) -> None:
@@ -244,23 +342,21 @@ class Group:
         found: set[int] = set()
         for directory in self._directories():
             # A sub-group that is just being removed has nobody in it.
-            with contextlib.suppress(OSError):
+            with if_seen():
                 found |= {int(pid) for pid in Path(directory, "cgroup.procs").read_text().split()}
         return found
 
     def is_populated(self) -> bool:
         """The kernel's word; it counts also who cannot be seen from here."""
-        try:
+        with if_seen():
             return "populated 1" in (self.path / "cgroup.events").read_text()
-        except OSError:
-            return False
+        return False
 
     def held(self, pid: int) -> bool:
         """Whether a process is, or was when it ended, in this group or in one beneath it."""
-        with contextlib.suppress(OSError):
-            for line in Path(f"/proc/{pid}/cgroup").read_text(errors="replace").splitlines():
-                if line.startswith("0::"):
-                    return self.path.name in line.removesuffix(" (deleted)").split("/")
+        for line in (proc_file(pid, "cgroup") or b"").decode(errors="replace").splitlines():
+            if line.startswith("0::"):
+                return self.path.name in line.removesuffix(" (deleted)").split("/")
         return False
 
     def kill(self) -> bool:
@@ -275,12 +371,13 @@ class Group:
 
     def remove(self) -> None:
         """Remove the group, and what sub-groups its members made; only what is empty goes."""
-        for directory in self._directories():
-            with contextlib.suppress(OSError):
-                os.rmdir(directory)
+        with contextlib.suppress(OSError):
+            for directory in self._directories():
+                with contextlib.suppress(OSError):
+                    os.rmdir(directory)
 
     def _directories(self) -> Iterator[str]:
-        return (directory for directory, _, _ in os.walk(self.path, topdown=False))
+        return (at for at, _, _ in os.walk(self.path, topdown=False, onerror=unless_gone))
 
     def _write(self, name: str, text: str) -> None:
         with contextlib.suppress(OSError):
@@ -373,27 +470,37 @@ class Log:
 
 
 class Record:
-    """What the tree consists of, on disk, for whoever must end it when the guard is killed too."""
+    """What the tree consists of, on disk, for whoever must end it when the guard is killed too.
 
-    def __init__(self, path: str, mark: str, group: str | None = None) -> None:
-        self.path, self.mark, self.group = path, mark, group
+    Made before the tree is started: what is in /dev/shm then is never the tree's.
+    """
+
+    def __init__(self, launch: dict[str, Any]) -> None:
+        self.path = launch["record"]
+        self.about = {
+            "mark": launch["mark"],
+            "guard": os.getpid(),
+            "cgroup": launch["cgroup"],
+            "home": launch["made"],
+            "shm_before": sorted(set(names_in_shm().values())),
+        }
+        self.before = frozenset(self.about["shm_before"])
         self.shm: dict[str, int] = {}
         self._written: Any = None
+        self.update([])
 
     def update(self, members: list[Process]) -> None:
-        for process in members:
-            self.shm |= shared_memory(process.pid)
+        """Raises OSError when nobody could look at the members."""
+        known = self.shm | written_by(members, self.before)
+        self.shm = {name: inode for name, inode in known.items() if is_ours(name, inode)}
         content = {
-            "mark": self.mark,
-            "guard": os.getpid(),
-            "cgroup": self.group,
             "members": sorted([p.pid, p.start] for p in members),
-            "shm": dict(self.shm),  # a copy: what was written is compared with what is now
+            "shm": self.shm,
         }
         if content != self._written:
             with contextlib.suppress(OSError):
                 draft = self.path + ".new"
-                Path(draft).write_text(json.dumps(content))
+                Path(draft).write_text(json.dumps(self.about | content))
                 os.replace(draft, self.path)
                 self._written = content
 
@@ -407,7 +514,7 @@ class Guard:
         self.control = control
         self.launch = launch
         self.log = Log(launch["log"], launch["log_bytes"], launch["log_files"])
-        self.record = Record(launch["record"], launch["mark"], launch["cgroup"])
+        self.record = Record(launch)
         self.group = Group(launch["cgroup"]) if launch["cgroup"] else None
         self.oom_kills = OomKills(self.group)
         self.selector = selectors.DefaultSelector()
@@ -448,12 +555,9 @@ class Guard:
             next_look = min(next_look, self.look_by)
             # Looking reads all of /proc, so a flood of output must not make it happen more often.
             if news or now >= next_look:
-                if self.ends_at is None:
-                    self._watch(members := members_of(os.getpid(), self.group))
-                    self.record.update(members)
-                    self.oom_kills.look(now)
-                elif self._advance_end(now):
-                    return 0
+                with contextlib.suppress(OSError):  # nobody could look: that proves nothing
+                    if self._look(now):
+                        return 0
                 self.look_by = math.inf
                 idle = self.ends_at is None or self.told_survivors
                 next_look = now + (TICK_S if idle else ENDING_TICK_S)
@@ -463,6 +567,15 @@ class Guard:
                 key.data()
             if self.ends_at != was_ending:
                 next_look = 0.0
+
+    def _look(self, now: float) -> bool:
+        """One look at the tree; True when it was ending and nothing is left of it."""
+        if self.ends_at is not None:
+            return self._advance_end(now)
+        self._watch(members := members_of(os.getpid(), self.group))
+        self.record.update(members)
+        self.oom_kills.look(now)
+        return False
 
     def _on_signal(self, number: int, _frame: object) -> None:
         if number in (signal.SIGTERM, signal.SIGINT):
@@ -502,7 +615,9 @@ class Guard:
             os.close(out_w)
         self.selector.register(out_r, selectors.EVENT_READ, lambda: self._on_output(out_r))
         self.out_r = out_r
-        process = look_at(self.leader.pid)
+        process = None
+        with contextlib.suppress(OSError):
+            process = look_at(self.leader.pid)
         now = time.strftime("%Y-%m-%dT%H:%M:%S%z")
         self.log.write(f"{HEADER}{now} pid {self.leader.pid}\n".encode())
         self._tell("started", pid=self.leader.pid, start=process.start if process else 0)
@@ -574,7 +689,8 @@ class Guard:
     def _begin_end(self, grace_s: float) -> None:
         ends_at = time.monotonic() + grace_s
         if self.ends_at is None:
-            self.record.update(members_of(os.getpid(), self.group))
+            with contextlib.suppress(OSError):
+                self.record.update(members_of(os.getpid(), self.group))
         self.ends_at = ends_at if self.ends_at is None else min(self.ends_at, ends_at)
 
     def _reap(self) -> bool:
@@ -640,8 +756,8 @@ class Guard:
                 if kill(process, late_s):
                     self.killed.add(identity)
             elif identity not in self.asked:
-                self.asked.add(identity)
                 ask_to_end(process)
+                self.asked.add(identity)
 
     def _read_rest(self) -> None:
         with contextlib.suppress(OSError):
@@ -656,7 +772,7 @@ class Guard:
         removed = remove_shared_memory(self.record.shm)
         if self.group:
             self.group.remove()
-        shutil.rmtree(self.launch["home"], ignore_errors=True)
+        remove_home(self.launch["home"], self.launch["made"])
         return removed
 
 
@@ -683,7 +799,7 @@ def main() -> int:
     except OSError as exc:  # no log can be written
         if launch["cgroup"]:
             Group(launch["cgroup"]).remove()
-        shutil.rmtree(launch["home"], ignore_errors=True)
+        remove_home(launch["home"], launch["made"])
         news = {"event": "spawn_failed", "error": exc.strerror, "file": exc.filename}
         control.sendall(json.dumps(news).encode() + b"\n")
         return 1

@@ -1,5 +1,6 @@
 """How much memory and disk this host has left, and the errors when that is too little."""
 
+import errno
 import math
 import os
 import re
@@ -11,6 +12,7 @@ from hive.errors import InsufficientDisk, InsufficientRam
 from hive.workers.footprint import MIB, Need, gib_down, gib_up
 
 PROC = Path("/proc")
+FILES = 64  # that a worker's start may make: its home, sockets, notes and compiled kernels
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,24 +89,47 @@ def check_ram(needs: Sequence[tuple[str, Need]], room: Room) -> InsufficientRam 
     )
 
 
+def why(exc: OSError, path: Path) -> str:
+    """What the system says, and what it does not: that a disk with room has no inodes left."""
+    said = exc.strerror or str(exc)
+    if exc.errno == errno.ENOSPC and _inodes(os.statvfs(_there(path))) == 0:
+        return f"{said}: its inodes are used up"
+    return said
+
+
+def _there(path: Path) -> Path:
+    """The nearest directory to a path that exists."""
+    return next(p for p in (path, *path.parents) if p.exists()).resolve()
+
+
+def _inodes(about: os.statvfs_result) -> int | None:
+    """How many files can be made; None on a file system without a limit."""
+    return about.f_favail if about.f_files else None
+
+
 def check_disk(path: Path, need_bytes: int, key: str, proc: Path = PROC) -> InsufficientDisk | None:
     """The error when a directory, which need not exist yet, has less than `need_bytes` left."""
-    there = next(p for p in (path, *path.parents) if p.exists()).resolve()
+    there = _there(path)
     about = os.statvfs(there)
     if not about.f_blocks:
         return None  # a tmpfs without a limit
-    free = about.f_bavail * about.f_frsize
-    if free >= need_bytes:
+    free, files = about.f_bavail * about.f_frsize, _inodes(about)
+    lacks_files = files is not None and files < FILES
+    if free >= need_bytes and not lacks_files:
         return None
     points = [(point, kind) for _, point, kind, _ in _mounts(proc) if there.is_relative_to(point)]
     # Of two mounts on one directory the later one is seen.
     point, kind = max(reversed(points), key=lambda mount: len(mount[0].parts))
-    short = math.ceil((need_bytes - free) / MIB)
-    grow = f", or enlarge it ('mount -o remount,size=… {point}')" if kind == "tmpfs" else ""
+    needs, has = f"{math.ceil(need_bytes / MIB)} MiB", f"{free // MIB} MiB"
+    short, option = f"{math.ceil((need_bytes - free) / MIB)} MiB", "size"
+    if lacks_files:
+        needs, has, option = f"{FILES} new files", f"inodes for {files}", "nr_inodes"
+        short = f"{FILES - (files or 0)} inodes"
+    grow = f", or enlarge it ('mount -o remount,{option}=… {point}')" if kind == "tmpfs" else ""
     return InsufficientDisk(
-        f"server.{key}: {path} needs {math.ceil(need_bytes / MIB)} MiB, but its file system "
-        f"({kind} on {point}) has {free // MIB} MiB left: {short} MiB too little.",
-        action=f"Free {short} MiB on {point}{grow}, or set server.{key} to another file system.",
+        f"server.{key}: {path} needs {needs}, but its file system "
+        f"({kind} on {point}) has {has} left: {short} too little.",
+        action=f"Free {short} on {point}{grow}, or set server.{key} to another file system.",
         required_disk_mb=math.ceil(need_bytes / MIB),
         available_disk_mb=free // MIB,
     )

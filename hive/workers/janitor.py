@@ -8,6 +8,7 @@ outside of the runtime directory or a file that is not as hive writes it belong 
 
 import asyncio
 import contextlib
+import logging
 import os
 import re
 import signal
@@ -17,11 +18,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from hive.workers import guard, journal, leftovers
-from hive.workers.guard import Process
+from hive.workers.guard import Group, Process
 from hive.workers.journal import NO_TREE, Damaged, Identity, Note, Tree
 from hive.workers.ledger import LOOK_S, SETTLE_S, Ledger
 from hive.workers.leftovers import Leak, described
 from hive.workers.process import ANSWER_S
+
+log = logging.getLogger(__name__)
 
 RUNS = "the hive that wrote it runs"
 HIVE_S = 2.0  # an earlier hive that gave its locks back has ended within this
@@ -95,6 +98,9 @@ def _read(directory: Path, homes: Path) -> tuple[list[Note], list[Swept]]:
                 notes.append(_ours(journal.read_note(path), homes))
             except (Damaged, FileNotFoundError) as exc:
                 found.append(_set_aside(path, str(exc)))
+            except OSError as exc:  # another sweep may read it
+                why = f"it cannot be read now: {exc.strerror}"
+                found.append(Swept("journal", path.name, "", "left alone", why))
     known = {note.mark for note in notes}
     found += [
         Swept("journal", path.name, "", "left alone", "it is of no start that is known")
@@ -141,13 +147,15 @@ def _older(home: Path) -> Note:
         about = os.lstat(home)
         if not stat.S_ISDIR(about.st_mode) or about.st_uid != os.geteuid():
             raise Damaged("it is no directory of this user's")
-        tree = journal.tree_in(home)
+        tree = journal.read_tree(home / journal.HOME_RECORD)
         note = journal.new("unknown", home, tree.mark, cgroup=tree.cgroup)
         is_of_this_boot = (home / journal.HOME_RECORD).stat().st_mtime >= _booted_at()
     except FileNotFoundError as exc:
         raise Damaged("it is not on record") from exc
     except ValueError as exc:
         raise Damaged("it is no home of a worker") from exc
+    except OSError as exc:
+        raise Damaged(f"it cannot be read now: {exc.strerror}") from exc
     return note.model_copy(
         update={"hive": None, "boot": note.boot if is_of_this_boot else "earlier"}
     )
@@ -164,11 +172,19 @@ def _booted_at() -> float:
 async def _is_over(note: Note) -> bool:
     """Whether the hive that began a start has ended; waits for it up to HIVE_S."""
     give_up = time.monotonic() + HIVE_S
-    while note.is_of_this_boot and note.hive and _lives(note.hive):
-        if time.monotonic() > give_up or note.hive[0] == os.getpid():
+    while _hive_lives(note):
+        if time.monotonic() > give_up or (note.hive and note.hive[0] == os.getpid()):
             return False
         await asyncio.sleep(LOOK_S)
     return True
+
+
+def _hive_lives(note: Note) -> bool:
+    """Also where nobody can see whether it does."""
+    try:
+        return bool(note.is_of_this_boot and note.hive and _lives(note.hive))
+    except OSError:
+        return True
 
 
 def _lives(one: Identity) -> bool:
@@ -180,41 +196,75 @@ def _lives(one: Identity) -> bool:
 
 
 async def _end(directory: Path, note: Note, found: list[Swept]) -> Tree:
-    """End every process of a start; what is on record of its tree then.
+    """End every process of a start; what is on record of its tree then."""
+    ending = Ending(directory, note, found)
+    give_up = time.monotonic() + guard.KILL_S
+    while True:
+        try:
+            if await asyncio.to_thread(ending.look):
+                break
+        except OSError as exc:
+            if time.monotonic() > give_up:  # the audit tells it
+                log.warning("nobody can see who is left of %s: %s", note.worker, exc.strerror)
+                break
+        await asyncio.sleep(LOOK_S)
+    found += [Swept("process", described(p), note.worker, "ended") for p in ending.ended]
+    return ending.tree
+
+
+class Ending:
+    """The end of a start whose hive is gone, look by look; a look blocks, and is for a thread.
 
     A guard that lives ends its tree itself: it gets its grace, and what comes after that, first.
     """
-    began, killing_since = time.monotonic(), None
-    patience_s = note.grace_s + guard.KILL_S + ANSWER_S
-    tree = NO_TREE
-    ended: dict[Identity, Process] = {}
-    while True:
-        tree = await asyncio.to_thread(_tree, directory, note, tree, found)
-        living = await asyncio.to_thread(leftovers.members, note, tree)
-        group = leftovers.group_of(note)
-        if not living and not (group and group.is_populated()):
-            break
+
+    def __init__(self, directory: Path, note: Note, found: list[Swept]) -> None:
+        self.tree = NO_TREE
+        self._directory, self._note, self._found = directory, note, found
+        self._guard_until = time.monotonic() + note.grace_s + guard.KILL_S + ANSWER_S
+        self._killing_since: float | None = None
+        self._living: list[Process] = []
+        self._killed: dict[Identity, Process] = {}
+
+    @property
+    def ended(self) -> list[Process]:
+        living = {(p.pid, p.start) for p in self._living}
+        return [process for one, process in self._killed.items() if one not in living]
+
+    def look(self) -> bool:
+        """Kill who is there; True when nobody is, or nothing helps. OSError: nobody could look."""
+        self.tree = _tree(self._directory, self._note, self.tree, self._found)
+        self._living = leftovers.members(self._note, self.tree)
+        group = leftovers.group_of(self._note)
+        if not self._living and not (group and group.is_populated()):
+            return True
         now = time.monotonic()
-        if killing_since is None:
-            if now - began < patience_s and any(leftovers.is_guard(p, note) for p in living):
-                await asyncio.sleep(LOOK_S)
+        if self._killing_since is None:
+            if now < self._guard_until and any(
+                leftovers.is_guard(process, self._note) for process in self._living
+            ):
+                return False
+            self._killing_since = now
+        late_s = now - self._killing_since
+        return late_s > guard.KILL_S or not self._kill(group, late_s)
+
+    def _kill(self, group: Group | None, late_s: float) -> bool:
+        """SIGKILL to each, noting what it shares; False when nobody there is ours to signal."""
+        shm = guard.written_by(self._living, self.tree.shm_before)
+        self.tree = self.tree.model_copy(update={"shm": self.tree.shm | shm})
+        denied = 0
+        for process in self._living:
+            # It alone knows some names in /dev/shm, and removes them when the others are gone.
+            if late_s < guard.TRACKER_S and guard.is_resource_tracker(process.pid):
                 continue
-            killing_since = now
-        late_s = now - killing_since
-        if late_s > guard.KILL_S:
-            break
-        shm, denied = await asyncio.to_thread(_kill, living, late_s)
-        tree = tree.model_copy(update={"shm": tree.shm | shm})
-        ended |= {(p.pid, p.start): p for p in living}
-        if living and len(denied) == len(living):
-            break
+            try:
+                kill(process)
+            except PermissionError:
+                denied += 1
+        self._killed |= {(p.pid, p.start): p for p in self._living}
         if group and late_s >= guard.TRACKER_S:
             group.kill()
-        await asyncio.sleep(LOOK_S)
-    for one in living:
-        ended.pop((one.pid, one.start), None)
-    found += [Swept("process", described(p), note.worker, "ended") for p in ended.values()]
-    return tree
+        return not self._living or denied < len(self._living)
 
 
 def _tree(directory: Path, note: Note, known: Tree, found: list[Swept]) -> Tree:
@@ -225,26 +275,12 @@ def _tree(directory: Path, note: Note, known: Tree, found: list[Swept]) -> Tree:
         there = [p for p in journal.records_of(directory, note) if os.path.lexists(p)]
         found += [_set_aside(path, str(exc)) for path in there[:1]]
         tree = NO_TREE
+    if tree == NO_TREE:
+        tree = known
     members = list({*tree.members, *known.members})
     return tree.model_copy(
         update={"mark": note.mark, "members": members, "shm": known.shm | tree.shm}
     )
-
-
-def _kill(processes: list[Process], late_s: float) -> tuple[dict[str, int], set[int]]:
-    """SIGKILL to each; the shared memory that they map, and who is not ours to signal."""
-    shm: dict[str, int] = {}
-    denied = set()
-    for process in processes:
-        shm |= guard.shared_memory(process.pid)
-        # It alone knows some names in /dev/shm, and removes them when the others are gone.
-        if late_s < guard.TRACKER_S and guard.is_resource_tracker(process.pid):
-            continue
-        try:
-            kill(process)
-        except PermissionError:
-            denied.add(process.pid)
-    return {name: inode for name, inode in shm.items() if "/" not in name}, denied
 
 
 def kill(process: Process) -> None:
@@ -264,6 +300,8 @@ def kill(process: Process) -> None:
 
 async def _leftovers(note: Note, tree: Tree, is_home_taken: bool) -> list[Leak]:
     """What stays, when the kernel has had SETTLE_S to take back what it takes back itself."""
+    if tree == NO_TREE:
+        return [leftovers.unseen(note, "process", "its record cannot be read now")]
     give_up = time.monotonic() + SETTLE_S
     while True:
         found = await asyncio.to_thread(
@@ -275,10 +313,11 @@ async def _leftovers(note: Note, tree: Tree, is_home_taken: bool) -> list[Leak]:
 
 
 def _holdings(note: Note, tree: Tree, is_home_taken: bool) -> list[tuple[str, str]]:
-    """What is there of a start beside processes, by kind and holder."""
+    """What is there of a start beside processes, by kind and holder; for the log alone."""
     found = [("shared_memory", name) for name in leftovers.names_there(note, tree)]
     if not is_home_taken and os.path.lexists(note.home):
         found.append(("directory", f"w/{note.home.name}"))
-    if group := leftovers.group_of(note):
-        found.append(("cgroup", group.path.name))
+    with contextlib.suppress(OSError):
+        if group := leftovers.group_of(note):
+            found.append(("cgroup", group.path.name))
     return found

@@ -13,7 +13,15 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 
 from hive.workers import guard
 
@@ -26,6 +34,7 @@ HOME_RECORD = "tree.json"  # where a guard writes its tree down when it is told 
 Pid = Annotated[int, Field(gt=1, lt=1 << 31)]  # never init
 Start = Annotated[int, Field(ge=0)]  # clock ticks since boot
 Identity = tuple[Pid, Start]
+Inode = Annotated[int, Field(ge=0)]
 
 T = TypeVar("T", bound="_Written")
 
@@ -53,7 +62,7 @@ class Note(_Written):
     home: Path
     cgroup: Path | None = None
     devices: Mapping[str, Mapping[str, str | int | float | None]] = {}  # what was free before
-    grace_s: float = Field(5.0, ge=0, le=3600)  # what its guard gives the tree when hive dies
+    grace_s: float = Field(5.0, ge=0, le=86_400)  # what its guard gives the tree when hive dies
     since: float = 0.0  # seconds of the epoch
 
     @field_validator("home")
@@ -79,20 +88,29 @@ class Note(_Written):
 
 
 class Tree(_Written):
-    """What the guard wrote down: the members of its tree and the shared memory that they mapped."""
+    """What the guard wrote down: the members of its tree and the shared memory that they wrote.
+
+    And what was there before them: the home as it was made (st_dev, st_ino), and every file in
+    /dev/shm. Where a record lacks one of these, nobody can tell what is the tree's.
+    """
 
     mark: str = Field(pattern=r"^[0-9a-f]{16}$")
     cgroup: Path | None = None
+    home: tuple[Inode, Inode] | None = None
     members: list[Identity]
-    shm: dict[str, Annotated[int, Field(ge=0)]]
+    shm_before: frozenset[Inode] | None = None
+    shm: dict[str, Inode]
 
     @field_validator("shm")
     @classmethod
-    def _names_in_shm(cls, shm: dict[str, int]) -> dict[str, int]:
+    def _names_in_shm(cls, shm: dict[str, int], info: ValidationInfo) -> dict[str, int]:
         if any({"", ".", ".."} & set(name.split("/")) or "\0" in name for name in shm):
             raise ValueError("a name that leads out of /dev/shm")
+        before = info.data.get("shm_before")
+        if before is None:
+            return {}
         # Names in directories below it are left to whoever made the directories.
-        return {name: inode for name, inode in shm.items() if "/" not in name}
+        return {n: inode for n, inode in shm.items() if "/" not in n and inode not in before}
 
 
 NO_TREE = Tree(mark="0" * 16, members=[], shm={})
@@ -120,7 +138,10 @@ def identity(pid: int) -> Identity | None:
 
 
 def new(worker: str, home: Path, mark: str, **facts: Any) -> Note:
-    """A start that is about to be made. Raises ValueError when it could not be read back."""
+    """A start that is about to be made.
+
+    Raises ValueError (pydantic's ValidationError is one) when it could not be read back.
+    """
     return Note(
         worker=worker,
         home=home,
@@ -180,7 +201,7 @@ def record_in(directory: Path, mark: str) -> Path:
 
 
 def read_note(path: Path) -> Note:
-    """The note in a file of this name. Raises Damaged."""
+    """The note in a file of this name. Raises Damaged, and OSError as `read_tree` does."""
     note = _parse(Note, path)
     if path.name != f"{note.mark}.json":
         raise Damaged("it has another's name")
@@ -193,19 +214,22 @@ def records_of(directory: Path, note: Note) -> tuple[Path, Path]:
 
 
 def tree_of(directory: Path, note: Note) -> Tree:
-    """What the guard of a start wrote down. Raises Damaged."""
+    """What the guard of a start wrote down. Raises Damaged, and OSError when nobody could look."""
     for path in records_of(directory, note):
         with contextlib.suppress(FileNotFoundError):
-            tree = _parse(Tree, path)
+            tree = read_tree(path)
             if tree.mark != note.mark:
                 raise Damaged("it is another's")
+            if tree.home is None and path.parent == note.home:  # the record proves it: it is in it
+                about = os.lstat(note.home)
+                tree = tree.model_copy(update={"home": (about.st_dev, about.st_ino)})
             return tree
     return NO_TREE
 
 
-def tree_in(home: Path) -> Tree:
-    """What a guard wrote down in its home. Raises Damaged, FileNotFoundError if there is none."""
-    return _parse(Tree, home / HOME_RECORD)
+def read_tree(path: Path) -> Tree:
+    """A guard's record. Raises Damaged, FileNotFoundError, and OSError when nobody could look."""
+    return _parse(Tree, path)
 
 
 def _parse(kind: type[T], path: Path) -> T:
@@ -224,6 +248,8 @@ def _read(path: Path) -> bytes:
     except FileNotFoundError:
         raise
     except OSError as exc:
+        if exc.errno in guard.BLIND:
+            raise
         raise Damaged(f"it cannot be read: {exc.strerror}") from exc
     try:
         about = os.fstat(fd)

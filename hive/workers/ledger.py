@@ -18,7 +18,7 @@ from hive.events import Event, LeakCleared, LeakFound
 from hive.workers import guard, journal, leftovers
 from hive.workers.journal import NO_TREE, Damaged, Note, Tree
 from hive.workers.leftovers import Leak
-from hive.workers.process import Place
+from hive.workers.process import Place, pause_after
 
 log = logging.getLogger(__name__)
 
@@ -81,8 +81,8 @@ class Ledger:
 
         `cgroup` is the group that the tree is to get, named hive-<mark>; `devices` maps each device
         that it will use to what was found there before; `grace_s` is what its guard gives the tree
-        when hive dies. Raises OSError when it cannot be written and ValueError when it could not
-        be read back; nothing is left then.
+        when hive dies. Raises OSError when it cannot be written, and ValueError (pydantic's
+        ValidationError is one) when it could not be read back; nothing is left then.
         """
         facts = {"cgroup": cgroup, "devices": devices or {}, "grace_s": grace_s}
         note = await asyncio.to_thread(journal.new, worker_id, place.home, place.mark, **facts)
@@ -119,13 +119,16 @@ class Ledger:
     async def audit(self, entry: Entry) -> list[Leak]:
         """What the start has not given back after its end; nothing: it is over, and forgotten.
 
-        Waits up to SETTLE_S for the kernel. Call it as often as you like.
+        Waits up to SETTLE_S for the kernel. Call it as often as you like. What nobody could look
+        at is a leak, too, until a later look finds it given back: so this never raises.
         """
-        give_up = time.monotonic() + SETTLE_S
+        began = time.monotonic()
+        give_up = began + SETTLE_S
         while found := await self._look(entry):
             if time.monotonic() > give_up:
                 break
-            await asyncio.sleep(LOOK_S)
+            await asyncio.sleep(max(LOOK_S, pause_after(began)))
+            began = time.monotonic()
         await self._settle(entry, found)
         return entry.leaks
 
@@ -164,7 +167,8 @@ class Ledger:
         entry.receipts = dict.fromkeys(note.devices, "unproven")
         try:
             await asyncio.to_thread(self._write, entry)
-            await asyncio.to_thread(journal.write_tree, self.directory, tree)
+            if tree.mark == note.mark:  # else nobody could read what is on record
+                await asyncio.to_thread(journal.write_tree, self.directory, tree)
         except OSError as exc:
             log.warning("what %s left cannot be journalled: %s", note.worker, exc.strerror)
         self._publish(entry, list(found))
@@ -182,9 +186,14 @@ class Ledger:
         with entry.lock:
             if entry.is_closed:
                 return []
-            tree = self._tree(entry.note)
-            leftovers.reap(tree)
-            found = leftovers.leftovers(entry.note, tree, is_home_taken=is_home_taken)
+            note = entry.note
+            try:
+                tree = self._tree(note)
+                leftovers.reap(note, tree)
+                found = leftovers.leftovers(note, tree, is_home_taken=is_home_taken)
+            except OSError as exc:
+                log.warning("what %s left cannot be seen: %s", note.worker, exc.strerror)
+                found = [leftovers.unseen(note, "process", type(exc).__name__)]
             return found + _vram(entry)
 
     def _tree(self, note: Note) -> Tree:

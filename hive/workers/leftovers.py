@@ -8,8 +8,7 @@ group that bears the mark, or descent from one of these. Everything here blocks 
 import contextlib
 import logging
 import os
-import re
-import shutil
+import stat
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
@@ -87,17 +86,20 @@ def lineage() -> Iterator[int]:
 
 
 def is_guard(process: Process, note: Note) -> bool:
-    return (process.pid, process.start) == note.guard or process.name == GUARD
+    """By what is on record; by its name, which anybody may have, only where that is not."""
+    if note.guard is not None:
+        return (process.pid, process.start) == note.guard
+    return process.name == GUARD
 
 
-def reap(tree: Tree) -> None:
+def reap(note: Note, tree: Tree) -> None:
     """Collect members that came to hive when their guard was killed, and have ended (R146)."""
     for pid, start in tree.members:
         process = guard.look_at(pid)
         if (
             process
             and (process.start, process.state, process.ppid) == (start, "Z", os.getpid())
-            and process.name != GUARD  # a guard's end is waited for where it was started
+            and not is_guard(process, note)  # its end is waited for where it was started
         ):
             with contextlib.suppress(ChildProcessError):
                 os.waitpid(pid, os.WNOHANG)
@@ -110,7 +112,12 @@ def leftovers(note: Note, tree: Tree, *, is_home_taken: bool = False) -> list[Le
     `is_home_taken` says that a later start has the same home. What could not be looked at is not
     proved given back, and never keeps the rest from being looked at (R144).
     """
-    if living := members(note, tree):
+    try:
+        living = members(note, tree)
+    except OSError as exc:
+        log.warning("who lives of %s cannot be seen: %s", note.worker, exc.strerror)
+        return [unseen(note, "process", type(exc).__name__)]
+    if living:
         # A guard waits for its tree: it is what holds something only when it is alone.
         shown = [p for p in living if not is_guard(p, note)] or living
         return [leak_of_process(note, process) for process in shown]
@@ -119,16 +126,21 @@ def leftovers(note: Note, tree: Tree, *, is_home_taken: bool = False) -> list[Le
         "shared_memory": lambda: _shared_memory(note, tree),
     }
     if not is_home_taken:
-        looks |= {"socket": lambda: _sockets(note), "directory": lambda: _directory(note)}
+        looks |= {"socket": lambda: _sockets(note), "directory": lambda: _directory(note, tree)}
     found: list[Leak] = []
     for kind, look in looks.items():
         try:
             found += look()
         except Exception as exc:  # a boundary: one look that fails is no reason to skip the others
             log.warning("what %s left as %s cannot be seen", note.worker, kind, exc_info=True)
-            how = f"Find out why hive cannot look at it: {type(exc).__name__}."
-            found.append(leak(note, kind, "unknown", how))
+            found.append(unseen(note, kind, type(exc).__name__))
     return found
+
+
+def unseen(note: Note, kind: str, why: str) -> Leak:
+    """What nobody could look at, such as where no descriptor is free: not known yet."""
+    how = f"hive looks again. Find out why it cannot look at it: {why}."
+    return leak(note, kind, "unknown", how)
 
 
 def leak(note: Note, kind: str, holder: str, how: str) -> Leak:
@@ -171,15 +183,15 @@ def _shared_memory(note: Note, tree: Tree) -> Iterator[Leak]:
     if not there:
         return
     everything = list(guard.every_process())
-    maps = {process: guard.shared_memory(process.pid) for process in everything}
-    # Another tree of this hive that maps it has it on record itself.
+    held = {process: guard.shared_memory(process.pid) for process in everything}
+    # Another tree of this hive that uses it has it on record itself.
     hive = {process.pid for process in guard.descendants(os.getpid(), everything)}
     for name, inode in sorted(there.items()):
-        users = [process for process, names in maps.items() if names.get(name) == inode]
+        users = [process for process, inodes in held.items() if inode in inodes]
         if any(process.pid in hive for process in users):
             continue
         who = ", ".join(map(described, users))
-        how = f"End {who}, which maps it; then" if who else "Nobody maps it:"
+        how = f"End {who}, which uses it; then" if who else "Nobody uses it:"
         yield leak(note, "shared_memory", name, f"{how} remove it from the host's shared memory.")
 
 
@@ -187,13 +199,7 @@ def names_there(note: Note, tree: Tree) -> dict[str, int]:
     """Recorded names in /dev/shm that are still the same files."""
     if not note.is_of_this_boot or note.shm_device != shm_device():
         return {}
-    return {name: inode for name, inode in tree.shm.items() if _inode(guard.SHM + name) == inode}
-
-
-def _inode(path: str) -> int | None:
-    with contextlib.suppress(OSError):
-        return os.lstat(path).st_ino
-    return None
+    return {name: inode for name, inode in tree.shm.items() if guard.is_ours(name, inode)}
 
 
 def _sockets(note: Note) -> Iterator[Leak]:
@@ -226,42 +232,45 @@ def _link(path: str) -> str | None:
     return None
 
 
-def _directory(note: Note) -> Iterator[Leak]:
+def _directory(note: Note, tree: Tree) -> Iterator[Leak]:
     home = note.home
     try:
         about = os.lstat(home)
     except FileNotFoundError:
         return
     name = f"w/{home.name}"
-    if any(point == str(home) or point.startswith(f"{home}/") for point, _ in mounts()):
+    if guard.is_mounted(home):
         how = f"Unmount what is mounted in {name} below server.runtime_dir, then remove it."
         yield leak(note, "directory", name, how)
         return
-    if about.st_uid == os.geteuid():  # a link is not followed: rmtree refuses it
-        shutil.rmtree(home, ignore_errors=True)
+    if stat.S_ISDIR(about.st_mode) and about.st_uid == os.geteuid():
+        _remove(note, tree, about)
     if os.path.lexists(home):
         how = f"Look what {name} below server.runtime_dir is, and remove it by hand."
         yield leak(note, "directory", name, how)
 
 
+def _remove(note: Note, tree: Tree, about: os.stat_result) -> None:
+    """Remove the home, if it is the one that was made."""
+    if tree.home is not None:
+        # A device's number is only good for one boot.
+        device = tree.home[0] if note.is_of_this_boot else about.st_dev
+        guard.remove_home(note.home, (device, tree.home[1]))
+        return
+    # Nothing was started in it: it is as empty as it was made, or another's.
+    for directory in (note.home / "t", note.home):
+        with contextlib.suppress(OSError):
+            os.rmdir(directory)
+
+
 # ── What the kernel tells ───────────────────────────────────────────────────────────────────────
-
-
-def mounts() -> list[tuple[str, str]]:
-    """Every mount point with the type of its file system."""
-    found = []
-    for line in Path("/proc/self/mountinfo").read_text(errors="replace").splitlines():
-        before, _, after = line.partition(" - ")
-        point = re.sub(r"\\([0-7]{3})", lambda octal: chr(int(octal[1], 8)), before.split()[4])
-        found.append((point, after.split()[0]))
-    return found
 
 
 def is_control_group(path: Path) -> bool:
     """Whether a directory is there, and really in the control groups' (v2) file system."""
     if not path.is_dir() or os.path.realpath(path) != str(path):
         return False
-    around = [(point, kind) for point, kind in mounts() if path.is_relative_to(point)]
+    around = [(point, kind) for point, kind in guard.mounts() if path.is_relative_to(point)]
     # The nearest one, and of several in one place the last, which covers the others.
     around.sort(key=lambda mount: len(mount[0]))
     return bool(around) and around[-1][1] == "cgroup2"

@@ -49,9 +49,11 @@ class Life:
         self.pids: set[int] = set()  # every process that it was ever seen to consist of
         self.pulse: Pulse | None = None  # from READY on
         self._interrupts: set[Interrupt] = set()
+        self._is_closed = False
 
     async def close(self) -> None:
         """Interrupt every request (`until_over`), and close the connections."""
+        self._is_closed = True
         for interrupt in self._interrupts:
             interrupt.end(EngineOver())
         if self.pulse is not None:
@@ -64,6 +66,8 @@ class Life:
     async def until_over(self) -> AsyncIterator[None]:
         """Do something with this engine; raises EngineOver at once when the engine's end comes."""
         interrupt = Interrupt()
+        if self._is_closed:
+            interrupt.end(EngineOver())
         self._interrupts.add(interrupt)
         try:
             async with interrupt:

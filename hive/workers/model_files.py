@@ -2,18 +2,18 @@
 
 import errno
 import json
-import math
 import os
 import re
 import stat
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, NamedTuple, Self
 
 from hive.errors import ConfigInvalid
 
 HEADER_BYTES = 100_000_000  # the longest header that the safetensors library reads
+HIGHEST = 2**53  # of any number in a header; a larger one is no size of anything
 TOLD = 5  # problems of one model that are told one by one
 _KINDS = (".safetensors", ".bin", ".pt")
 _NOT_WEIGHTS = ("training_args.bin", "optimizer.bin", "optimizer.pt", "scheduler.pt", "scaler.pt")
@@ -126,7 +126,7 @@ def _regular(file: Path) -> BinaryIO:
     """Open a file for reading. Raises OSError, ValueError for what is none (a pipe would block)."""
     if not stat.S_ISREG(file.stat().st_mode):
         raise ValueError("is not a file")
-    return file.open("rb")
+    return open(os.open(file, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK), "rb")
 
 
 def _inspect(file: Path) -> tuple[int, int]:
@@ -153,19 +153,43 @@ def _float32(head: bytes, opened: BinaryIO, size: int) -> int:
         raise ValueError(f"is truncated ({size} bytes are not even its header)")
     text = opened.read(length)
     try:
-        tensors = [v for k, v in json.loads(text).items() if k != "__metadata__"]
-        spans = sorted((*t["data_offsets"], t["dtype"], t["shape"]) for t in tensors)
-        end, float32, is_whole = 0, 0, True
-        for start, stop, dtype, shape in spans:
-            bits = 8 if dtype == "BOOL" else int(re.findall(r"\d+", dtype)[0])
-            is_whole = is_whole and start == end and math.prod(shape) * bits == (stop - start) * 8
-            end, float32 = stop, float32 + (stop - start) * (dtype == "F32")
-        whole = 8 + length + int(end)
+        tensors = [_Tensor.of(v) for k, v in json.loads(text).items() if k != "__metadata__"]
     except (AttributeError, LookupError, TypeError, ValueError, RecursionError) as exc:
         raise ValueError("has a damaged header") from exc
+    end, float32, is_whole = 0, 0, True
+    for start, stop, is_float32, bits in sorted(tensors):
+        is_whole = is_whole and start == end and bits == (stop - start) * 8
+        end, float32 = stop, float32 + (stop - start) * is_float32
+    whole = 8 + length + end
     if not is_whole:
         raise ValueError("has a damaged header (a tensor is not where or what it should be)")
     if size != whole:
         what = "is truncated" if size < whole else "is too long"
         raise ValueError(f"{what} ({size} bytes instead of {whole})")
     return float32
+
+
+class _Tensor(NamedTuple):
+    """Where a header says that a tensor is, and how large its shape and type make it."""
+
+    start: int
+    stop: int
+    is_float32: bool
+    bits: int
+
+    @classmethod
+    def of(cls, entry: Mapping[str, Any]) -> Self:
+        """Raises AttributeError, LookupError, TypeError or ValueError for what is no entry."""
+        start, stop = map(_whole, entry["data_offsets"])
+        dtype, bits = entry["dtype"], 1
+        for size in entry["shape"]:
+            bits = _whole(bits * _whole(size))
+        each = 8 if dtype == "BOOL" else int(re.findall(r"\d{1,4}", dtype)[0])
+        return cls(start, stop, dtype == "F32", bits * each)
+
+
+def _whole(number: object) -> int:
+    """A number as a header may have it. Raises ValueError."""
+    if type(number) is not int or not 0 <= number <= HIGHEST:
+        raise ValueError("not a size")
+    return number

@@ -6,8 +6,7 @@ All problems are collected; `hive check` prints them, `hive serve` stops on them
 import json
 import os
 import shutil
-import stat
-import subprocess
+import threading
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,8 +22,10 @@ from hive.errors import (
     HiveError,
     WorkerSpawnFailed,
 )
+from hive.policy.visible import visible
 from hive.settings import Model, Settings
-from hive.workers import guard
+from hive.workers import directories, guard
+from hive.workers.asking import ask
 from hive.workers.footprint import (
     GIB,
     MIB,
@@ -60,26 +61,15 @@ class Finding:
 
 
 def prepare_directories(settings: Settings) -> None:
-    """Make state_dir and runtime_dir, 0700. Raises ConfigInvalid naming the key."""
-    server = settings.server
-    for key, path in (("state_dir", server.state_dir), ("runtime_dir", server.runtime_dir)):
-        try:
+    """Make state_dir and runtime_dir, 0700, and see that hive can use them; change none that is
+    there. Raises ConfigInvalid naming the key."""
+    for key, path in directories.both(settings):
+        with directories.usable(key, path):
             path.mkdir(mode=0o700, parents=True, exist_ok=True)
-            about = path.stat()
-            if about.st_uid != os.geteuid():
-                raise ConfigInvalid(
-                    f"server.{key}: {path} belongs to another user (uid {about.st_uid}).",
-                    action=f"Choose a directory of hive's own user for server.{key}.",
-                )
-            if stat.S_IMODE(about.st_mode) & 0o077:
-                path.chmod(0o700)
-            for below in ("logs",) if key == "state_dir" else ("w",):
-                (path / below).mkdir(mode=0o700, exist_ok=True)
-        except OSError as exc:
-            raise ConfigInvalid(
-                f"server.{key}: {path} cannot be used: {exc.strerror}.",
-                action=f"Make the directory writable for hive's user, or set server.{key}.",
-            ) from exc
+            directories.check_owner(key, path)
+            below = path / ("logs" if key == "state_dir" else "w")
+            below.mkdir(mode=0o700, exist_ok=True)
+            os.close(directories.open_lock(path))
 
 
 def check(
@@ -88,12 +78,15 @@ def check(
     *,
     imports: bool = False,
     own: Callable[[], Collection[int]] = frozenset,
+    stop: threading.Event | None = None,
 ) -> tuple[list[Finding], dict[str, Device]]:
     """Look at devices, engines, models and the host; the findings, and the GPUs by their names.
 
     With `imports` each engine environment is asked to import vLLM, which takes many seconds.
     `own` are the processes of a hive that runs already: what they hold will be there for it.
+    Once `stop` is set, what is asked ends at once and nobody else is asked.
     """
+    stop = stop or threading.Event()
     findings: list[Finding] = []
     resolved: dict[str, Device] = {}
     wanted = [d for m in settings.models.values() for devices in m.workers for d in devices]
@@ -108,7 +101,7 @@ def check(
         findings.append(Finding("device cpu", f"{os.cpu_count()} cores, chosen explicitly"))
     files: dict[str, ModelFiles | None] = {}
     for name, model in settings.models.items():
-        findings += _check_model(name, model, files, imports=imports)
+        findings += _check_model(name, model, files, stop, imports=imports)
     findings += _named_twice(settings, resolved)
     findings += _check_devices(settings, driver, resolved, files, own())
     findings += _check_host(settings, files)
@@ -281,7 +274,12 @@ def _check_disks(settings: Settings, workers: int) -> Iterator[Finding]:
 
 
 def _check_model(
-    name: str, model: Model, files: dict[str, ModelFiles | None], *, imports: bool
+    name: str,
+    model: Model,
+    files: dict[str, ModelFiles | None],
+    stop: threading.Event,
+    *,
+    imports: bool,
 ) -> Iterator[Finding]:
     subject = f"model {name}"
     if model.engine == "command":
@@ -308,7 +306,7 @@ def _check_model(
 
     looks: tuple[Callable[[], Finding], ...] = (
         look_at_files,
-        lambda: _check_environment(name, model, imports=imports),
+        lambda: _check_environment(name, model, stop, imports=imports),
     )
     for look in looks:
         try:
@@ -317,28 +315,19 @@ def _check_model(
             yield Finding(subject, exc.message, exc)
 
 
-def _check_environment(name: str, model: Model, *, imports: bool) -> Finding:
+def _check_environment(name: str, model: Model, stop: threading.Event, *, imports: bool) -> Finding:
     subject, python = f"model {name}", python_of(name, model)
     code = ("import vllm, lmcache\n" if imports else "") + _VERSIONS
+    versions: dict[str, str] = {}
     try:
-        done = subprocess.run(
-            [str(python), "-I", "-c", code],
-            capture_output=True,
-            text=True,
-            timeout=VERSIONS_S,
-            check=False,
-            env={
-                "PATH": os.environ.get("PATH", ""),
-                "HOME": os.environ.get("HOME", "/"),
-                "VLLM_NO_USAGE_STATS": "1",
-                "DO_NOT_TRACK": "1",
-            },
-        )
-        versions = json.loads(done.stdout.splitlines()[-1]) if done.returncode == 0 else {}
-    except (OSError, subprocess.TimeoutExpired, ValueError, IndexError):
-        versions, done = {}, None
+        status, answer, complaint = ask([str(python), "-I", "-c", code], VERSIONS_S, stop)
+        if status == 0:
+            found = json.loads(answer.splitlines()[-1])
+            versions = {what: text for what, text in found.items() if isinstance(text, str)}
+    except (OSError, ValueError, LookupError, AttributeError, RecursionError):
+        complaint = "it does not run"
     if not versions.get("vllm"):
-        last = (done.stderr.strip().splitlines() or [""])[-1] if done else "it does not run"
+        last = visible((complaint.strip().splitlines() or [""])[-1])
         raise WorkerSpawnFailed(
             f"{subject}: the engine environment cannot be used: {last or 'vllm is not installed'}.",
             action="Run 'hive engine install cpu' (again with --force), or set the model's "
@@ -353,7 +342,7 @@ def _check_environment(name: str, model: Model, *, imports: bool) -> Finding:
             'the CPU with device = "cpu".',
             expected=str(python),
         )
-    said = ", ".join(f"{what} {version}" for what, version in versions.items() if version)
+    said = visible(", ".join(f"{what} {version}" for what, version in versions.items() if version))
     return Finding(f"{subject}: engine", f"{said}{' (imported)' if imports else ''} in {python}")
 
 

@@ -11,7 +11,6 @@ import json
 import logging
 import os
 import secrets
-import shutil
 import signal
 import socket
 import subprocess
@@ -23,14 +22,16 @@ from pathlib import Path
 from typing import Any, cast
 
 from hive.errors import WorkerSpawnFailed
-from hive.workers import cgroup, guard
+from hive.workers import cgroup, guard, journal
 from hive.workers.guard import Group, Process
+from hive.workers.journal import NO_TREE, Damaged
 
 log = logging.getLogger(__name__)
 
 LOG_BYTES = 8 * 1024 * 1024  # per file, one current and LOG_FILES older ones
 LOG_FILES = 3
 LOOK_S = 0.02  # how often an adopted tree is looked at
+LONGEST_PAUSE_S = 0.5  # and how often at least, where a look takes long
 START_S = 10.0  # the guard starts in milliseconds
 ANSWER_S = 2.0  # what the guard may need beyond the grace and the kill before hive takes over
 
@@ -162,6 +163,7 @@ class Tree(asyncio.Protocol):
         self._grace_s = 5.0
         self._kill_s = guard.KILL_S
         self._group: Group | None = None
+        self._made: tuple[int, int] | None = None  # the home: its device and inode
 
     @classmethod
     async def spawn(cls, launch: Launch, place: Place, grace_s: float = 5.0) -> "Tree":
@@ -169,15 +171,14 @@ class Tree(asyncio.Protocol):
 
         Raises WorkerSpawnFailed when the program cannot be run; nothing is left then.
         """
-        place.home.mkdir(mode=0o700)
-        place.tmp.mkdir(mode=0o700)
         tree = cls(place)
         tree._grace_s = grace_s
         tree._kill_s = launch.kill_s
         ours, theirs = socket.socketpair()
         try:
-            tree._make_group()
             with theirs:
+                tree._make_home()
+                tree._make_group()
                 command = [sys.executable, "-I", "-S", guard.__file__, str(theirs.fileno())]
                 tree._guard = subprocess.Popen(  # noqa: ASYNC220 (a millisecond; watched by pidfd)
                     command,
@@ -206,6 +207,7 @@ class Tree(asyncio.Protocol):
             nice=launch.nice,
             cwd=str(place.cwd),
             home=str(place.home),
+            made=tree._made,
             record=str(place.record),
             cgroup=str(tree._group.path) if tree._group else None,
             mark=place.mark,
@@ -260,6 +262,12 @@ class Tree(asyncio.Protocol):
         finally:
             ending.cancel()  # only this wait for it
 
+    def _make_home(self) -> None:
+        self.place.home.mkdir(mode=0o700)
+        about = os.lstat(self.place.home)
+        self._made = (about.st_dev, about.st_ino)
+        self.place.tmp.mkdir(mode=0o700)
+
     def _make_group(self) -> None:
         """Before the fork; without one the tree is known by descent, record and mark."""
         if path := self.place.group:
@@ -271,7 +279,8 @@ class Tree(asyncio.Protocol):
     def _remove_places(self) -> None:
         if self._group:
             self._group.remove()
-        shutil.rmtree(self.place.home, ignore_errors=True)
+        if self._made:
+            guard.remove_home(self.place.home, self._made)
 
     # ── news from the guard ─────────────────────────────────────────────────────────────────────
 
@@ -358,40 +367,19 @@ class Tree(asyncio.Protocol):
 
     async def _end_adopted(self) -> None:
         """End the tree of a killed guard; its orphans are hive's children now."""
-        recorded, shm = read_record(self.place.record)
-        term_until = time.monotonic() + self._grace_s
-        killed: set[int] = set()
-        asked: set[int] = set()
-        group, killed_group = self._group, False
+        orphans = Orphans(self.place, self._group, self._grace_s, self._kill_s)
         while True:
-            found = adopted(self.place.mark, recorded, group)
-            # Once ended, one is known by that alone: its environment is gone.
-            recorded |= {(process.pid, process.start) for process in found}
-            # Other zombies are their parents' to reap, and hold nothing.
-            members = [p for p in found if p.state != "Z" or p.ppid == os.getpid()]
-            if not members and not (group and group.is_populated()):
+            began = time.monotonic()
+            # Nobody could look (no descriptor is free): that proves nothing.
+            with contextlib.suppress(OSError):
+                await asyncio.to_thread(orphans.look)
+            if orphans.gone:
                 break
-            now = time.monotonic()
-            for process in members:
-                shm |= guard.shared_memory(process.pid)
-                if process.state == "Z":
-                    _reap(process)
-                elif now >= term_until:
-                    if guard.kill(process, now - term_until):
-                        killed.add(process.pid)
-                elif process.pid not in asked:
-                    asked.add(process.pid)
-                    guard.ask_to_end(process)
-            if group and now >= term_until + guard.TRACKER_S:
-                killed_group |= group.kill()
-            if now > term_until + self._kill_s:
-                alive = [process for process in members if process.state != "Z"]
-                _resolve(self.survived, [guard.describe(process) for process in alive])
-            await asyncio.sleep(LOOK_S if not self.survived.done() else 1.0)
-        removed = guard.remove_shared_memory(shm)
-        self._remove_places()
-        how = "kill" if killed or killed_group else "term"
-        _resolve(self.gone, Gone(how, len(killed), tuple(removed)))
+            if orphans.survivors:
+                _resolve(self.survived, orphans.survivors)
+            await asyncio.sleep(1.0 if self.survived.done() else pause_after(began))
+        await asyncio.to_thread(self._remove_places)
+        _resolve(self.gone, orphans.gone)
 
     def __repr__(self) -> str:
         state = "gone" if self.gone.done() else "exited" if self.exited.done() else "alive"
@@ -403,18 +391,74 @@ def _resolve(future: "asyncio.Future[Any]", value: object) -> None:
         future.set_result(value)
 
 
-def _reap(process: Process) -> None:
-    with contextlib.suppress(ChildProcessError):
-        os.waitpid(process.pid, os.WNOHANG)
+def pause_after(began: float) -> float:
+    """Until the next look at all processes: however many there are, looking takes a tenth."""
+    return min(max(LOOK_S, 9 * (time.monotonic() - began)), LONGEST_PAUSE_S)
 
 
-def read_record(path: Path) -> tuple[set[tuple[int, int]], dict[str, int]]:
-    """The members (pid, start) and shared memory that a guard wrote down; empty if unreadable."""
+class Orphans:
+    """The tree of a killed guard, which hive ends itself, by the guard's rules.
+
+    A look reads all of /proc: a thread's work, one at a time.
+    """
+
+    def __init__(self, place: Place, group: Group | None, grace_s: float, kill_s: float) -> None:
+        self.gone: Gone | None = None
+        self.survivors: list[dict[str, Any]] = []
+        self._place, self._group, self._kill_s = place, group, kill_s
+        self._record: journal.Tree | None = None
+        self._recorded: set[journal.Identity] = set()
+        self._shm: dict[str, int] = {}
+        self._term_until = time.monotonic() + grace_s
+        self._asked: set[int] = set()
+        self._killed: set[int] = set()
+        self._killed_group = False
+
+    def look(self) -> None:
+        """Ask, kill and reap who is there. Raises OSError when nobody could look."""
+        if self._record is None:
+            self._record = read_record(self._place.record)
+            self._recorded |= set(self._record.members)
+            self._shm |= self._record.shm
+        found = adopted(self._place.mark, self._recorded, self._group)
+        # Once ended, one is known by that alone: its environment is gone.
+        self._recorded |= {(process.pid, process.start) for process in found}
+        # Other zombies are their parents' to reap, and hold nothing.
+        members = [p for p in found if p.state != "Z" or p.ppid == os.getpid()]
+        self._shm |= guard.written_by(members, self._record.shm_before)
+        if not members and not (self._group and self._group.is_populated()):
+            how = "kill" if self._killed or self._killed_group else "term"
+            removed = guard.remove_shared_memory(self._shm)
+            self.gone = Gone(how, len(self._killed), tuple(removed))
+            return
+        late_s = time.monotonic() - self._term_until
+        for process in members:
+            self._end(process, late_s)
+        if self._group and late_s >= guard.TRACKER_S:
+            self._killed_group |= self._group.kill()
+        if late_s > self._kill_s:
+            self.survivors = [
+                guard.describe(process) for process in members if process.state != "Z"
+            ]
+
+    def _end(self, process: Process, late_s: float) -> None:
+        if process.state == "Z":
+            with contextlib.suppress(ChildProcessError):
+                os.waitpid(process.pid, os.WNOHANG)
+        elif late_s >= 0:
+            if guard.kill(process, late_s):
+                self._killed.add(process.pid)
+        elif process.pid not in self._asked:
+            guard.ask_to_end(process)
+            self._asked.add(process.pid)
+
+
+def read_record(path: Path) -> journal.Tree:
+    """What a guard wrote down; nothing where that is unreadable. Raises OSError as journal does."""
     try:
-        content = json.loads(path.read_bytes())
-        return {(pid, start) for pid, start in content["members"]}, dict(content["shm"])
-    except (OSError, ValueError, KeyError, TypeError):
-        return set(), {}
+        return journal.read_tree(path)
+    except (FileNotFoundError, Damaged):
+        return NO_TREE
 
 
 def adopted(mark: str, recorded: set[tuple[int, int]], group: Group | None = None) -> list[Process]:

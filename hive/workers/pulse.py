@@ -7,6 +7,8 @@ nothing has come for a while (design, Cancellation and Progress; R050).
 
 import asyncio
 import contextlib
+import logging
+import math
 import os
 import re
 import time
@@ -18,9 +20,13 @@ from hive.policy.progress import Progress, Signs, abort_is_lost, work_is_lost
 from hive.workers import guard
 from hive.workers.client import EngineClient, ProbeFailed
 
+log = logging.getLogger(__name__)
+
 FIRST_S = 0.02  # from an abort to the first sample: engines act after their current step
 ABORT_S = 0.1  # between two samples while an abort is open
 WATCH_S = 1.0  # between two looks while requests run
+LISTENING_S = 5.0  # between two looks whether anybody listens
+REFUSALS = 3  # in a row: nobody does
 SAMPLE_S = 2.0  # for an answer to a sample
 MEMBERS_S = 5.0  # how long the list of the tree's processes is believed
 _TICKS = os.sysconf("SC_CLK_TCK")
@@ -44,7 +50,8 @@ def read_sample(text: str) -> Sample | None:
     found: dict[str, float] = {}
     for name, value in _GAUGE.findall(text):
         with contextlib.suppress(ValueError):
-            found[name] = found.get(name, 0.0) + float(value)
+            if math.isfinite(number := float(value)):
+                found[name] = found.get(name, 0.0) + number
     if "num_requests_running" not in found:
         return None
     requests = found.pop("num_requests_running") + found.pop("num_requests_waiting", 0.0)
@@ -95,7 +102,7 @@ class Pulse:
         self._counters: tuple[float, ...] | None = None
         self._cpu_s, self._is_stopped = 0.0, False
         self._stirred = asyncio.Event()
-        self._is_over = self._is_told = False
+        self._is_over = self._is_told = self._is_refused = False
 
     # ── what requests tell ──────────────────────────────────────────────────────────────────────
 
@@ -122,6 +129,11 @@ class Pulse:
             self._aborts.append(Abort(time.monotonic(), weight, done))
             self._stirred.set()
 
+    def refused(self) -> None:
+        """A connection to it was refused."""
+        self._is_refused = True
+        self._stirred.set()
+
     def stop(self) -> None:
         """The engine is ending: nothing runs there any more."""
         self._is_over = True
@@ -135,28 +147,49 @@ class Pulse:
     async def run(self) -> None:
         """Until `stop`."""
         looked_at = sampled_at = 0.0
+        listened_at = time.monotonic()
         while not self._is_over:
             self._stirred.clear()
+            if self._is_refused or time.monotonic() - listened_at >= LISTENING_S:
+                await self._see_who_listens()
+                listened_at = time.monotonic()
             if not self._aborts and not self.open_weight:
-                await self._stirred.wait()
+                await self._stirred_within(LISTENING_S)
                 looked_at = time.monotonic()
                 continue
             due = looked_at + WATCH_S
             if self._aborts:
                 due = min(due, max(sampled_at + ABORT_S, self._aborts[0].asked_at + FIRST_S))
             if (left := due - time.monotonic()) > 0:
-                with contextlib.suppress(TimeoutError):
-                    await asyncio.wait_for(self._stirred.wait(), left)
+                await self._stirred_within(left)
                 continue
             looked_at = time.monotonic()
-            sampled_at = looked_at if self._aborts else sampled_at
-            await self._look()
-            self._judge()
+            try:
+                if await self._look():
+                    sampled_at = looked_at
+                self._judge()
+            except Exception:  # the boundary: without a pulse the worker serves on
+                log.exception("a look at an engine failed")
 
-    async def _look(self) -> None:
+    async def _stirred_within(self, seconds: float) -> None:
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(self._stirred.wait(), seconds)
+
+    async def _see_who_listens(self) -> None:
+        """Its process may be gone, or its socket, without its guard having said so."""
+        self._is_refused = False
+        for _ in range(REFUSALS):
+            if self._is_over or await self._client.is_listening():
+                return
+            await asyncio.sleep(ABORT_S)
+        self._condemn("nobody listens on its socket any more")
+
+    async def _look(self) -> bool:
+        """Look at it; whether it was asked for its counts."""
         is_silent = self.relayed == self._seen_relayed
         self._seen_relayed = self.relayed
-        if self._has_gauges and (self._aborts or is_silent):
+        is_asked = self._has_gauges and (bool(self._aborts) or is_silent)
+        if is_asked:
             asked_at, self._least = time.monotonic(), self.open_weight
             sample = await self._sample()
             if sample is not None:
@@ -165,8 +198,11 @@ class Pulse:
         if is_silent:
             await self._find_members()
             self._cpu_s, self._is_stopped = cpu_of(self._members)
+        else:
+            self._is_stopped = False
         signs = Signs(self._counters, self._cpu_s, self.relayed, self._is_stopped)
         self._progress.see(signs, time.monotonic())
+        return is_asked
 
     async def _sample(self) -> Sample | None:
         try:
@@ -175,7 +211,7 @@ class Pulse:
         except (TimeoutError, ProbeFailed):
             return None
         sample = read_sample(text.decode(errors="replace"))
-        if sample is None and status == 200:  # noqa: PLR2004
+        if sample is None and status in (200, 404):
             self._has_gauges = False  # it answers and has none: closed connections count
             aborts, self._aborts = self._aborts, []
             for abort in aborts:
@@ -207,8 +243,12 @@ class Pulse:
             why = f"it has requests and made no progress for {self._longest_s:g} s"
         else:
             return
-        self._is_told = True
-        self._hung(why)
+        self._condemn(why)
+
+    def _condemn(self, why: str) -> None:
+        if not self._is_told and not self._is_over:
+            self._is_told = True
+            self._hung(why)
 
     # ── processes ───────────────────────────────────────────────────────────────────────────────
 

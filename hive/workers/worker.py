@@ -6,6 +6,7 @@ table (policy/lifecycle), announces the move and begins what the new state does.
 
 import asyncio
 import contextlib
+import logging
 import random
 import time
 from collections.abc import Callable, Coroutine, Iterable, Mapping, Sequence
@@ -21,8 +22,10 @@ from hive.errors import (
     HiveError,
     InsufficientDisk,
     InsufficientRam,
+    InternalError,
     LoadingTimeout,
     ResourceLeakDetected,
+    ServiceUnavailable,
     WorkerCrashed,
     WorkerHung,
 )
@@ -71,6 +74,18 @@ class WorkerPlan:
     # Whatever else may be wrong before a start, with its GPUs as just read; blocking, raises.
     preflight: Callable[[Sequence[Watched]], None]
     alternatives: tuple[str, ...] = ()  # models that a VRAM error names
+
+
+log = logging.getLogger(__name__)
+
+BEGINNING = frozenset({News.START_ASKED, News.RELEASED, News.RESTART_DUE})
+# What follows when hive itself fails in a state.
+UNFORESEEN = {
+    State.STARTING: News.SPAWN_FAILED,
+    State.LOADING: News.LOAD_EXPIRED,
+    State.DRAINING: News.DRAINED,
+    State.LOST: News.GONE,
+}
 
 
 @dataclass(slots=True)
@@ -124,6 +139,7 @@ class Worker:
         self._inbox: asyncio.Queue[Message] = asyncio.Queue()
         self._wanted_up = False
         self._restart_asked = False
+        self._is_retired = False  # hive is stopping
         self._is_fatal = False  # the failure cannot heal by starting again
         self._fault: HiveError | None = None  # of a device: the tree is killed without grace
         self._pause_s = 0.0
@@ -146,6 +162,7 @@ class Worker:
             self.counts.unasked = ()
             self._hurry.set()
 
+        self._must_serve_on()
         if self.state is State.QUARANTINED:
             raise self._conflict("start", "STOPPED or FAILED; release its device first")
         if self.state in (State.READY, State.LOADING, State.DRAINING, State.LOST):
@@ -172,6 +189,7 @@ class Worker:
             self._restart_asked = True
             self.counts.unasked = ()
 
+        self._must_serve_on()
         if self.state in (State.LOST, State.QUARANTINED):
             raise self._conflict("restart", "anything but LOST or QUARANTINED")
         if self.state in (State.STOPPED, State.FAILED):
@@ -202,9 +220,23 @@ class Worker:
             self._wanted_up = True
             self.counts.unasked = ()
 
+        self._must_serve_on()
         if self.state is not State.QUARANTINED:
             raise self._conflict("release", "QUARANTINED")
         await self._post(News.RELEASED, "its device was released", before=wanted)
+
+    def retire(self) -> None:
+        """hive is stopping: nothing starts this worker again, whoever asks."""
+        self._is_retired = True
+
+    def _must_serve_on(self) -> None:
+        if self._is_retired:
+            raise ServiceUnavailable(
+                "hive is stopping and starts nothing any more.",
+                reason="draining",
+                worker=self.id,
+                model=self.model,
+            )
 
     async def wait_for(self, *states: State) -> State:
         """Return when the worker is in one of `states`; the caller bounds the wait."""
@@ -290,7 +322,9 @@ class Worker:
         if message.before:
             message.before()
         news, reason = message.decide() if message.decide else (message.news, message.reason)
-        old, new = self.state, step(self.state, news)
+        old = new = self.state
+        if not (self._is_retired and news in BEGINNING):  # it was asked just before
+            new = step(old, news)
         if new is not old:
             self._move(new, reason, tasks)
         if message.after:
@@ -313,7 +347,8 @@ class Worker:
             previous.cancel()
         activity = self._doing(new, previous)
         if activity is not None:
-            self._activity = tasks.create_task(activity, name=f"worker:{self.id}:{new}")
+            guarded = self._unless_it_fails(activity, new)
+            self._activity = tasks.create_task(guarded, name=f"worker:{self.id}:{new}")
 
     def _doing(
         self, state: State, previous: "asyncio.Task[None] | None"
@@ -350,11 +385,30 @@ class Worker:
         """The engine is there and does not work: end it, tell its requests, start another one."""
 
         def condemned() -> None:
-            life.error = WorkerHung(
+            self.error = life.error = WorkerHung(
                 f"Worker {self.id} hangs: {why}.", worker=self.id, model=self.model
             )
 
         self._inbox.put_nowait(Message(News.HUNG, life, f"hung: {why}", before=condemned))
+
+    async def _unless_it_fails(self, activity: Coroutine[Any, Any, None], state: State) -> None:
+        """The boundary: what nobody foresaw in one worker must not end the others (C19, R154)."""
+        life = self.life
+        try:
+            await activity
+        except Exception as exc:
+            log.exception("worker %s: unforeseen, while %s", self.id, state)
+            why = f"hive met an unforeseen {type(exc).__name__}; its log says where"
+            self.error, self._is_fatal = InternalError(f"Worker {self.id}: {why}."), True
+            life = life or self.life
+            if state is not State.STOPPING:
+                self._report(UNFORESEEN[state], None, why)
+                return
+            if life and life.tree and await life.tree.end_or_survive(0) is None:
+                self._report(News.SURVIVED, life, why)
+                return
+            self.life = None
+            self._inbox.put_nowait(Message(News.GONE, None, "", decide=self._what_follows))
 
     # ── what each state does ────────────────────────────────────────────────────────────────────
 
@@ -462,7 +516,8 @@ class Worker:
             await life.close()
             if life.baselines:
                 life.see_pids()
-                self._devices.noting_kill(self.plan.devices)
+                if life.was_asked:
+                    self._devices.noting_kill(self.plan.devices)
         if life and life.tree:
             began = time.monotonic()
             # What hangs in a broken device does not end by being asked.
@@ -491,7 +546,8 @@ class Worker:
         the processes, and the driver of a broken device may answer late or never.
         """
         if life.baselines:
-            self._devices.noting_kill(self.plan.devices)
+            if life.was_asked:
+                self._devices.noting_kill(self.plan.devices)
             is_condemned = self._fault is not None and not self._wanted_up
             receipts = await self._devices.receipts(
                 self.id,
@@ -512,7 +568,7 @@ class Worker:
 
     def _what_follows(self) -> tuple[News, str]:
         self._pause_s, self._unasked = 0.0, False
-        if not self._wanted_up:
+        if not self._wanted_up or self._is_retired:
             return News.GONE, self.reason
         if error := self._devices.quarantined(self.plan.devices):
             self.error = self._fault or self.error or error

@@ -86,6 +86,17 @@ def test_a_gpu_that_cannot_be_read_is_shown_with_the_reason(gpus: Gpus) -> None:
     assert "81420" in row(done.stdout, "cuda:1")
 
 
+def test_a_gpu_that_does_not_say_what_it_is_hides_no_other(gpus: Gpus) -> None:
+    gpus.fail("nvmlDeviceGetName", pynvml.NVML_ERROR_UNKNOWN, index=0)
+    done = run(gpus)
+
+    assert done.returncode == 0
+    assert " ".join(row(done.stdout, "cuda:0")) == "cuda:0 The NVIDIA driver failed: Unknown Error."
+    assert "81420" in row(done.stdout, "cuda:1")
+    first, second = json.loads(run(gpus, "--json").stdout)["devices"]
+    assert (first["uuid"], second["uuid"]) == (None, "GPU-b")
+
+
 def test_without_a_driver_it_fails_and_says_what_to_do(gpus: Gpus) -> None:
     gpus.fail("nvmlInit", pynvml.NVML_ERROR_DRIVER_NOT_LOADED)
     done = run(gpus)

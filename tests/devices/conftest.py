@@ -6,7 +6,9 @@ import subprocess
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
+import pynvml
 import pytest
 
 from hive.devices.nvml import Driver, process_name
@@ -15,6 +17,7 @@ from tests.patience import wait_until
 
 MakeDriver = Callable[[float], Driver]
 Spawn = Callable[[], int]
+HoldUp = Callable[[str], threading.Event]
 
 
 @pytest.fixture
@@ -51,6 +54,25 @@ def driver_of() -> Iterator[MakeDriver]:
 @pytest.fixture
 def driver(gpus: double.Gpus, driver_of: MakeDriver) -> Driver:
     return driver_of(60.0)
+
+
+@pytest.fixture
+def hold_up(gpus: double.Gpus, monkeypatch: pytest.MonkeyPatch) -> Iterator[HoldUp]:
+    """Let a function of the bindings wait for an event: a call that hangs, and can be healed."""
+    with contextlib.ExitStack() as letting_go:
+
+        def hold(function: str) -> threading.Event:
+            real, may_return = getattr(pynvml, function), threading.Event()
+            letting_go.callback(may_return.set)
+
+            def late(*args: Any) -> Any:
+                may_return.wait()
+                return real(*args)
+
+            monkeypatch.setattr(pynvml, function, late)
+            return may_return
+
+        yield hold
 
 
 @pytest.fixture

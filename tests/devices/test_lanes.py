@@ -21,6 +21,7 @@ from tests.patience import awaited, until, wait_until
 
 TOP = Path(__file__).parents[2]
 SHORT_S = 0.05
+SLOW_S = 0.5
 LONG_S = 60.0
 uvloop.new_event_loop().close()  # libuv keeps a pipe from a process's first loop on
 
@@ -188,6 +189,62 @@ async def test_a_call_that_waits_behind_a_hung_one_is_given_up_too(lane: Lane, c
     assert len(threads_of(lane)) == 1
     call.may_return.set()
     await until(lambda: not lane.is_stuck, "both calls to have returned")
+
+
+@awaited
+async def test_who_waits_behind_a_hung_call_learns_it_as_soon_as_its_caller(
+    lane: Lane, call: Call
+) -> None:
+    """However late they came, and however long they would wait for their own."""
+
+    async def refused(wanted: Callable[[], object], seconds: float) -> None:
+        with pytest.raises(DriverHung):
+            await lane.wait(wanted, seconds)
+
+    began = time.monotonic()
+    async with asyncio.TaskGroup() as tasks:
+        tasks.create_task(refused(call, SLOW_S))
+        await until(call.began.is_set, "the call to begin")
+        for _ in range(3):
+            tasks.create_task(refused(lambda: 1, LONG_S))
+
+    assert time.monotonic() - began < LONG_S / 2
+
+
+@awaited
+async def test_the_time_of_those_before_is_no_lateness_of_the_drivers(lane: Lane) -> None:
+    """A slow driver is not a hung one, however many wait for it."""
+    answers = await asyncio.gather(
+        *(lane.wait(lambda: time.sleep(SLOW_S), 2 * SLOW_S) for _ in range(4)),
+        asyncio.to_thread(lane.ask, lambda: time.sleep(SLOW_S), 2 * SLOW_S),
+    )
+
+    assert answers == [None] * 5
+    assert not lane.is_stuck
+
+
+@awaited
+async def test_equal_calls_that_wait_are_made_once_and_after_those_who_asked(
+    lane: Lane, call: Call
+) -> None:
+    """One that has begun may have seen what is not so any more."""
+    made: list[int] = []
+
+    def look() -> int:
+        made.append(1)
+        if len(made) == 1:
+            call()
+        return len(made)
+
+    async with asyncio.TaskGroup() as tasks:
+        tasks.create_task(lane.wait(look, LONG_S))
+        await until(call.began.is_set, "the first look to begin")
+        others = [tasks.create_task(lane.wait(look, LONG_S)) for _ in range(3)]
+        await asyncio.sleep(0)
+        call.may_return.set()
+
+    assert [other.result() for other in others] == [2, 2, 2]
+    assert len(made) == 2
 
 
 def test_there_is_one_thread_whoever_asks_and_it_makes_one_call_at_a_time(lane: Lane) -> None:

@@ -1,8 +1,10 @@
 """NVML: asked only for what is configured, answered for each GPU by itself, in hive's words."""
 
+import asyncio
 import contextlib
 import ctypes.util
 import os
+import shutil
 import subprocess
 import sys
 import threading
@@ -298,7 +300,44 @@ def test_a_process_that_is_not_visible_here_has_no_name(spawn: Spawn) -> None:
 
 @pytest.mark.parametrize("value", ["GPU-1", b"GPU-1"])
 def test_old_and_new_bindings_give_the_same_text(value: str | bytes) -> None:
-    assert nvml._text(value) == "GPU-1"
+    assert nvml._text(lambda: value) == "GPU-1"
+
+
+# Nonsense
+
+
+def test_a_gpu_may_be_called_anything(gpus: Gpus, driver: Driver) -> None:
+    """In any encoding; what a terminal would obey is never shown."""
+    gpus.add(0, name="one")
+    gpus.add(1, name="\x1b[31mRED\x07\u202e")
+    state = gpus.directory / "state"
+    state.write_bytes(state.read_bytes().replace(b"name=one", b"name=NV\xff\xfe"))
+
+    assert [device.name for device in driver.devices()] == ["NV??", "?[31mRED??"]
+
+
+def test_a_process_may_be_called_anything(tmp_path: Path) -> None:
+    named = tmp_path / "\x1b[2J\x9b\udcff"
+    shutil.copy("/bin/cat", named)
+    with subprocess.Popen([named], stdin=subprocess.PIPE) as process:
+        wait_until(lambda: nvml.process_name(process.pid) == "?[2J??", "the process to be named")
+        process.communicate()
+
+
+def test_a_gpu_without_memory_is_broken(gpus: Gpus, driver: Driver) -> None:
+    """Nobody has to divide by it."""
+    uuid = gpus.add(0, total_mib=0, base_mib=0)
+    with pytest.raises(CudaDeviceFailed, match=r"The device reports no memory\."):
+        driver.read(uuid)
+
+
+def test_what_the_bindings_cannot_read_is_the_devices_error(
+    gpus: Gpus, driver: Driver, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    uuid = gpus.add(0)
+    monkeypatch.setattr(pynvml, "nvmlDeviceGetMemoryInfo", lambda _handle: None)
+    with pytest.raises(CudaDeviceFailed, match=r"cannot be read \(AttributeError\)"):
+        driver.read(uuid)
 
 
 # A driver that hangs, a GPU that goes
@@ -320,6 +359,51 @@ def test_a_gpu_whose_driver_hangs_holds_up_no_other(gpus: Gpus, driver_of: MakeD
     assert time.monotonic() - began < LONG_S / 2
     assert len(threads(f"nvml {hung}")) == 1
     assert repr(driver).count("stuck") == 1
+
+
+@pytest.mark.parametrize(
+    "function", ["nvmlDeviceGetHandleByIndex", "nvmlDeviceGetUUID", "nvmlDeviceGetName"]
+)
+def test_a_gpu_that_hangs_before_it_is_known_is_blamed_alone(
+    gpus: Gpus, driver_of: MakeDriver, function: str
+) -> None:
+    """(R014) And the list says that it is there."""
+    gpus.add(0)
+    whole = gpus.add(1)
+    gpus.hang(function, index=0)
+    driver = driver_of(SHORT_S)
+    with pytest.raises(DriverHung) as caught:
+        nvml.resolve(driver, ["cuda:0"])
+    assert caught.value.message.startswith("Device cuda:0 is configured, but: The NVIDIA driver")
+
+    driver.call_s = LONG_S
+    assert nvml.resolve(driver, ["cuda:1"])["cuda:1"].uuid == whole
+    assert [device.id for device in driver.devices()] == ["cuda:1"]
+    inventory = driver.inventory()
+    assert list(inventory) == ["cuda:0", "cuda:1"]
+    assert isinstance(inventory["cuda:0"], DriverHung)
+
+
+@awaited
+async def test_who_asks_while_others_do_shares_their_next_reading(
+    gpus: Gpus, driver: Driver
+) -> None:
+    """A slow driver is not asked once for each of them; nobody gets what was read before."""
+    uuid = gpus.add(0)
+    may_go_on = threading.Event()
+    async with asyncio.TaskGroup() as tasks:
+        busy = tasks.create_task(
+            driver._lane(uuid).wait(lambda: may_go_on.wait(LONG_S), driver.call_s)
+        )
+        readings = [tasks.create_task(driver.reading(uuid)) for _ in range(3)]
+        await asyncio.sleep(0)
+        gpus.change(0, temp=77)
+        may_go_on.set()
+
+    assert busy.result()
+    assert len({id(reading.result()) for reading in readings}) == 1
+    assert readings[0].result().temperature_c == 77
+    assert driver.read(uuid) is not readings[0].result()
 
 
 def test_a_driver_that_hangs_at_its_start_is_given_up(gpus: Gpus, driver_of: MakeDriver) -> None:

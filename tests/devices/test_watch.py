@@ -1,6 +1,7 @@
 """Configured GPUs: trusted until they fail, and each fault told once, whoever else goes on."""
 
 import asyncio
+import errno
 import logging
 import threading
 import time
@@ -35,7 +36,7 @@ from hive.events import (
     VramChecked,
     XidSeen,
 )
-from tests.devices.conftest import MakeDriver, Spawn, threads
+from tests.devices.conftest import HoldUp, MakeDriver, Spawn, threads
 from tests.doubles.nvml import Gpus
 from tests.patience import awaited, until, wait_until
 
@@ -191,7 +192,7 @@ async def test_an_application_fault_explains_a_crash_and_condemns_nothing(
     async with two.watching():
         for xid in (31, 31, 13):
             gpus.xid(0, xid)
-        await until(lambda: len(two.all(XidSeen)) == 3, "the Xids")
+        await until(lambda: sum(x.count for x in two.all(XidSeen)) == 3, "the Xids")
 
     assert two.devices.evidence(("cuda:0",)) == (
         "Xid 31 on cuda:0 (a memory page fault, such as an illegal address); "
@@ -204,7 +205,7 @@ async def test_an_application_fault_explains_a_crash_and_condemns_nothing(
     assert two.moves() == []
     watched = two.of()  # as if it had been longer ago:
     watched.xids.extend([(at - EVIDENCE_S, xid) for at, xid in watched.xids])
-    for _ in range(3):
+    for _ in range(len(watched.xids) // 2):
         watched.xids.popleft()
     assert two.devices.evidence(("cuda:0",)) == ""
 
@@ -226,19 +227,52 @@ async def test_what_hives_own_kill_causes_is_told_only(gpus: Gpus, two: Story) -
     async with two.watching():
         two.devices.noting_kill(("cuda:0", "cpu"))
         gpus.xid(0, 45)
-        gpus.xid(0, 62)
+        gpus.xid(0, 63)
         await until(lambda: len(two.all(XidSeen)) == 2, "the Xids")
         assert [x.after_own_kill for x in two.all(XidSeen)] == [True, True]
         assert two.of().condition is Condition.OK
         assert two.devices.evidence(("cuda:0",)) == ""
 
         two.of().killed_at -= OWN_KILL_S  # as if it had been longer ago
-        gpus.xid(0, 62)
-        await two.becomes(Condition.QUARANTINED)
-        gpus.xid(1, 62)  # nothing was killed there
-        await two.becomes(Condition.QUARANTINED, "cuda:1")
+        gpus.xid(0, 45)
+        gpus.xid(1, 45)  # nothing was killed there
+        await until(lambda: len(two.all(XidSeen)) == 4, "the Xids")
+        assert [x.after_own_kill for x in two.all(XidSeen)[2:]] == [False, False]
+        for name in ("cuda:0", "cuda:1"):
+            assert f"Xid 45 on {name}" in two.devices.evidence((name,))
 
-    assert [device for device, _ in two.faults] == ["cuda:0", "cuda:1"]
+
+@pytest.mark.parametrize("xid", [48, 62, 64, 74, 79, 95, 119, 120])
+@awaited
+async def test_a_device_that_fails_after_hives_own_kill_has_failed(
+    gpus: Gpus, story: Story, xid: int
+) -> None:
+    async with story.watching():
+        story.devices.noting_kill(("cuda:0",))
+        gpus.xid(0, xid)
+        await story.becomes(Condition.QUARANTINED)
+
+    ((_, why),) = story.faults
+    assert f"Xid {xid}," in why
+    assert [x.after_own_kill for x in story.all(XidSeen)] == [False]
+    assert story.of().xids[0][1] == xid
+
+
+@awaited
+async def test_a_flood_of_xids_is_counted_and_told_in_heaps(gpus: Gpus, story: Story) -> None:
+    many = 200
+    async with story.watching():
+        for _ in range(many):
+            gpus.xid(0, 13)
+        gpus.xid(0, 48)
+        await story.becomes(Condition.QUARANTINED)
+        await until(
+            lambda: sum(x.count for x in story.all(XidSeen)) == many + 1, "every Xid to be counted"
+        )
+
+    told = [x for x in story.all(XidSeen) if x.xid == 13]
+    assert sum(x.count for x in told) == many
+    assert len(told) < many / 5
 
 
 @awaited
@@ -276,6 +310,45 @@ async def test_a_refusal_of_events_is_told_once_and_polling_sees_what_grows(
     assert story.faults == [
         ("cuda:0", "Device cuda:0 (NVIDIA H100) reports 4 uncorrectable ECC errors.")
     ]
+
+
+@awaited
+async def test_a_driver_that_hangs_when_asked_for_events_is_read_instead(
+    gpus: Gpus, driver: Driver, hold_up: HoldUp, caplog: pytest.LogCaptureFixture
+) -> None:
+    """It is told, once: nobody believes that no news is good news."""
+    gpus.add(0)
+    story = Story(driver)
+    driver.call_s = HUNG_S / 2
+    may_return = hold_up("nvmlEventSetCreate")
+    with caplog.at_level(logging.WARNING, "hive.devices.watch"):
+        async with story.devices.watching():
+            watched = story.of()
+            await until(lambda: watched.hears_events is False, "the silence to be noticed")
+            assert story.devices.view(watched)["events"] == "polling"
+            await asyncio.sleep(HUNG_S)
+            assert watched.condition is Condition.OK
+            gpus.change(0, ecc=7)
+            await story.becomes(Condition.QUARANTINED)
+            may_return.set()
+            await until(lambda: watched.hears_events, "events to be heard after all")
+
+    (warning,) = caplog.messages
+    assert warning.startswith("no Xid events of cuda:0, it is only read every 0.01 s: ")
+    assert "does not answer" in warning
+    assert story.faults[0][1].endswith("reports 7 uncorrectable ECC errors.")
+
+
+@awaited
+async def test_what_grows_counts_before_events_are_heard(
+    gpus: Gpus, story: Story, hold_up: HoldUp
+) -> None:
+    hold_up("nvmlDeviceRegisterEvents")
+    async with story.devices.watching():
+        await until(lambda: story.of().ecc_errors == 0, "the first look")
+        assert story.of().hears_events is None
+        gpus.change(0, ecc=1)
+        await story.becomes(Condition.QUARANTINED)
 
 
 @awaited
@@ -464,6 +537,71 @@ async def test_a_device_is_trusted_again_once_it_is_whole(gpus: Gpus, story: Sto
         gpus.change(0, remap_failed=1)  # a new fault is told anew
         await story.becomes(Condition.QUARANTINED)
     assert len(story.faults) == 2
+
+
+@asynccontextmanager
+async def busy(driver: Driver, watched: Watched) -> AsyncIterator[None]:
+    """What is asked of the device in the block is answered after it."""
+    began, may_return = threading.Event(), threading.Event()
+
+    def wait() -> None:
+        began.set()
+        assert may_return.wait(WITHIN_S)
+
+    async with asyncio.TaskGroup() as tasks:
+        tasks.create_task(driver._lane(watched.device.uuid).wait(wait, 2 * WITHIN_S))
+        await until(began.is_set, "the device to be busy")
+        try:
+            yield
+        finally:
+            may_return.set()
+
+
+@pytest.mark.parametrize("why", ["Xid 48", "its own words", "survives SIGKILL"])
+@awaited
+async def test_a_fault_during_a_release_is_not_forgiven(
+    gpus: Gpus, story: Story, driver: Driver, why: str
+) -> None:
+    """Also the one that was there before: it has come again."""
+    watched = story.of()
+
+    async def refused() -> str:
+        with pytest.raises(CudaDeviceFailed) as caught:
+            await story.devices.release(watched)
+        return caught.value.message
+
+    async with story.watching():
+        gpus.xid(0, 48)
+        await story.becomes(Condition.QUARANTINED)
+        async with asyncio.TaskGroup() as tasks, busy(driver, watched):
+            releasing = tasks.create_task(refused())
+            await asyncio.sleep(0)
+            match why:
+                case "Xid 48":
+                    gpus.xid(0, 48)
+                    await until(lambda: len(story.all(XidSeen)) == 2, "the Xid")
+                case "its own words":
+                    story.devices.fail(("cuda:0",), CudaDeviceFailed(why))
+                case _:
+                    story.devices.lost(("cuda:0",), CudaDeviceFailed(why))
+        assert why in releasing.result()
+        assert watched.condition is not Condition.OK
+        assert watched.error is not None
+        assert why in watched.error.message
+
+        await story.devices.release(watched)  # nothing came meanwhile
+        assert story.moves()[-1][2] == "OK"
+
+
+@awaited
+async def test_two_releases_at_once_are_one(story: Story, driver: Driver) -> None:
+    story.devices.fail(("cuda:0",), CudaDeviceFailed("broken"))
+    async with asyncio.TaskGroup() as tasks, busy(driver, story.of()):
+        for _ in range(2):
+            tasks.create_task(story.devices.release(story.of()))
+        await asyncio.sleep(0)
+
+    assert story.moves() == [("cuda:0", "OK", "QUARANTINED"), ("cuda:0", "QUARANTINED", "OK")]
 
 
 @awaited
@@ -891,6 +1029,31 @@ async def test_a_stranger_is_told_once_for_as_long_as_it_is_there(
 
     assert story.all(StrangerSeen) == [seen, seen]
     assert story.of().condition is Condition.OK
+
+
+@awaited
+async def test_whose_a_process_is_is_asked_again_when_nobody_could_look(
+    gpus: Gpus, story: Story, spawn: Spawn
+) -> None:
+    """hive has no descriptor left, say: that ends nothing."""
+    asked: list[int] = []
+
+    def own_pids() -> set[int]:
+        asked.append(1)
+        if len(asked) < 3:
+            raise OSError(errno.EMFILE, "Too many open files")
+        return set()
+
+    story.devices.own_pids = own_pids
+    stranger = spawn()
+    gpus.hold(0, stranger, 300)
+    async with story.devices.watching():
+        await until(lambda: story.all(StrangerSeen), "the stranger")
+        assert [seen.pid for seen in story.all(StrangerSeen)] == [stranger]
+        assert len(asked) == 3
+        asked.clear()
+        (process,) = story.devices.view(story.of())["processes"]
+        assert process["pid"] == stranger
 
 
 @awaited

@@ -129,7 +129,7 @@ def test_an_engines_error_is_its_own_byte_for_byte(served: Hive, direct: Direct)
 
 
 def test_each_token_is_a_chunk_of_its_own_as_it_comes(hive: Hive) -> None:
-    hive.model("m", "--token-s", "0.02")
+    hive.model("m", "--token-s", "0.1")
     hive.start()
     _, sent = through(hive, CHAT, chat_body("m", "abc", stream=True, max_tokens=10))
     pieces = list(chunks(sent))
@@ -165,7 +165,11 @@ async def read_all(hive: Hive) -> None:
 def test_two_hundred_streams_at_once_get_every_token_once_and_in_order(
     hive: Hive, pace: str
 ) -> None:
-    hive.model("m", "--token-s", pace, "--burst", "7", "--max-running", str(STREAMS))
+    hive.model(
+        "m",
+        *("--token-s", pace, "--burst", "7", "--max-running", str(STREAMS)),
+        max_concurrent=STREAMS,
+    )
     hive.start()
     read_all(hive)
     assert hive.metric("hive_requests_total", model="m", status="200") == STREAMS

@@ -68,6 +68,51 @@ def test_what_happened_while_it_was_stopped_is_not_made_up_for() -> None:
     assert after(STILL, stopped, replace(STILL, cpu_s=9.5)).at == 3
 
 
+@pytest.mark.parametrize("looks", [1, 2, 9])
+def test_a_look_that_published_nothing_is_left_out_of_the_comparison(looks: int) -> None:
+    """Neither its begin nor its end is a change; what moved meanwhile is one."""
+    blind = [replace(STILL, counters=None)] * looks
+
+    assert after(STILL, *blind, STILL, STILL).at == 0
+    assert after(STILL, *blind, replace(STILL, counters=(8.0, 0.5))).at == looks + 2
+
+
+def test_the_first_counters_prove_nothing_whatever_was_seen_before() -> None:
+    blind = replace(STILL, counters=None)
+
+    assert after(blind, blind, STILL).at == 0
+    assert after(blind, STILL, replace(STILL, counters=(8.0, 0.5))).at == 3
+
+
+def test_without_counters_the_rest_is_still_compared() -> None:
+    blind = replace(STILL, counters=None)
+
+    assert after(STILL, replace(blind, cpu_s=4.0)).at == 2
+    assert after(STILL, blind, replace(blind, relayed=101)).at == 3
+
+
+def test_a_stopped_look_without_counters_forgets_none() -> None:
+    blind = replace(STILL, counters=None, is_stopped=True)
+
+    assert after(STILL, blind, STILL).at == 0
+    assert after(STILL, blind, replace(STILL, counters=(8.0, 0.5))).at == 3
+
+
+@given(st.lists(st.tuples(st.sampled_from([None, 1.0, 2.0]), st.integers(0, 1)), max_size=30))
+def test_counters_are_compared_with_the_last_that_were_published(
+    looks: list[tuple[float | None, int]],
+) -> None:
+    at, cpu_s, published, seen = 0, 3.0, None, [Signs(None, 3.0, 100)]
+    for number, (tokens, burnt_s) in enumerate(looks, 2):
+        cpu_s += burnt_s
+        seen.append(Signs(None if tokens is None else (tokens,), cpu_s, 100))
+        if burnt_s or (None not in {tokens, published} and tokens != published):
+            at = number
+        published = published if tokens is None else tokens
+
+    assert after(*seen).at == at
+
+
 @given(st.lists(st.tuples(st.integers(0, 1), st.integers(0, 1), st.integers(0, 1)), max_size=30))
 def test_the_last_change_is_what_counts(moves: list[tuple[int, int, int]]) -> None:
     signs, seen = STILL, [STILL]

@@ -28,12 +28,20 @@ def calls_made(policy: RetryPolicy) -> int:
 
 
 def test_the_network_is_tried_five_times_with_doubling_delays() -> None:
-    """(R001, R002, C1)"""
+    """Nobody waits the last one: an exhausted retry names it (R001, R002, R004, C1)."""
     assert calls_made(NETWORK) == 5
-    assert [NETWORK.delay_s(calls, 0.0) for calls in range(1, 5)] == [1, 2, 4, 8]
+    assert [NETWORK.delay_s(calls, 0.0) for calls in range(1, 6)] == [1, 2, 4, 8, 16]
 
 
-@given(st.integers(1, 4), chances)
+def test_the_command_line_calls_three_times_within_a_second() -> None:
+    """One caller has nobody to spread its calls from: chance adds nothing (EC1)."""
+    connect = RETRIES["connect"]
+
+    assert calls_made(connect) == 3
+    assert [connect.delay_s(calls, 1.0) for calls in (1, 2)] == [0.2, 0.4]
+
+
+@given(st.integers(1, 5), chances)
 def test_up_to_a_second_is_added_to_each_delay_of_the_network(calls: int, chance: float) -> None:
     """(R003, C4)"""
     added_s = NETWORK.delay_s(calls, chance) - NETWORK.delay_s(calls, 0.0)
@@ -75,4 +83,4 @@ def test_every_row_ends_and_its_delays_never_shrink(policy: RetryPolicy) -> None
     assert 1 < calls_made(policy) <= 8
     assert sorted(policy.delays) == list(policy.delays)
     assert policy.delays[0] > 0
-    assert policy.jitter_s > 0 or policy.jitter_share > 0
+    assert len(policy.delays) >= policy.calls - 1

@@ -1,9 +1,9 @@
 """The log: one JSON object a line, at the level that the fact deserves, without secrets."""
 
-import io
 import json
 import logging
-import sys
+import os
+import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
@@ -53,26 +53,28 @@ Lines = Callable[[], list[dict[str, Any]]]
 
 
 @pytest.fixture
-def lines(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[Lines]:
+def lines(request: pytest.FixtureRequest) -> Iterator[Lines]:
     """hive's logging, configured (the level is the parameter); what it has written since the last look."""
-    written = io.StringIO()
-    monkeypatch.setattr(sys, "stderr", written)
     root = logging.getLogger()
     level = root.level
-    logs.configure(getattr(request, "param", "info"))
+    with tempfile.TemporaryFile() as written:
+        writer = logs.configure(getattr(request, "param", "info"), written.fileno())
+        seen = 0
 
-    def look() -> list[dict[str, Any]]:
-        text = written.getvalue()
-        written.seek(0)
-        written.truncate()
-        return [json.loads(line) for line in text.splitlines()]
+        def look() -> list[dict[str, Any]]:
+            nonlocal seen
+            writer.flush()
+            text = os.pread(written.fileno(), 2**24, seen)
+            seen += len(text)
+            return [json.loads(line) for line in text.splitlines()]
 
-    try:
-        yield look
-    finally:
-        root.handlers = []  # pytest puts its own in for every phase of a test
-        root.setLevel(level)
-        structlog.reset_defaults()
+        try:
+            yield look
+        finally:
+            writer.close()
+            root.handlers = []  # pytest puts its own in for every phase of a test
+            root.setLevel(level)
+            structlog.reset_defaults()
 
 
 def test_a_fact_is_one_line_with_its_time_level_and_logger(lines: Lines) -> None:

@@ -14,9 +14,9 @@ from pathlib import Path
 
 import pytest
 
-from hive import daemon
 from hive.errors import ConfigInvalid, CudaDriverMissing
 from hive.events import DaemonMoved, WorkerMoved
+from hive.gateway import listener
 from hive.settings import ApiKey, Settings
 from hive.telemetry.systemd import (
     STOP_MARGIN_S,
@@ -337,7 +337,7 @@ def test_a_stop_takes_no_longer_than_is_told() -> None:
     both = Settings.model_validate(
         {"server": {"runtime_dir": "/run/hive"}, "models": {"m": MODEL, "n": MODEL | slow}}
     )
-    after_kill_s = process.ANSWER_S + worker.VRAM_S + daemon.CLOSE_S
+    after_kill_s = process.ANSWER_S + worker.VRAM_S + listener.CLOSE_S
 
     assert after_kill_s <= STOP_MARGIN_S
     assert stop_s(settings()) == 30 + 5 + 5 + STOP_MARGIN_S

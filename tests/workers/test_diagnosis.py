@@ -1,7 +1,9 @@
 """What an engine said before it ended, from log files as they really are."""
 
+import os
 import re
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -18,6 +20,7 @@ from hive.workers.diagnosis import (
     diagnose,
     last_words,
     log_files,
+    open_log,
     read_tail,
 )
 from hive.workers.guard import HEADER
@@ -50,6 +53,40 @@ RuntimeError: CUDA error: an illegal memory access
     assert said(tmp_path, text) == [
         "Traceback (most recent call last):",
         "RuntimeError: CUDA error: an illegal memory access",
+    ]
+
+
+def test_colours_are_left_out_and_what_else_steers_a_terminal_is_shown(tmp_path: Path) -> None:
+    said_ = said(tmp_path, f"{START}\x1b[31mred\x1b[0m \x1b]0;PWN\x07\x1b[2J \x9b\n")
+
+    assert said_ == [r"red \x1b]0;PWN\x07\x1b[2J \x9b"]
+
+
+def test_the_words_of_a_fault_steer_no_terminal() -> None:
+    found = classify([f"{TRACEBACK}", "torch.OutOfMemoryError: CUDA out of memory. \x1b[2J"])
+
+    assert found is not None
+    assert found.words == r"torch.OutOfMemoryError: CUDA out of memory. \x1b[2J"
+
+
+@pytest.mark.parametrize("put", [os.mkfifo, Path.mkdir, lambda path: path.symlink_to("/etc/hosts")])
+def test_what_an_engine_puts_in_its_logs_place_is_not_read_and_not_waited_for(
+    tmp_path: Path, put: Callable[[Path], None]
+) -> None:
+    log = tmp_path / "m-0.log"
+    put(log)
+
+    assert (read_tail(log), last_words(log), diagnose(log)) == (b"", [], None)
+    with pytest.raises(OSError, match=r"regular|Is a directory|symbolic links"):
+        open_log(log)
+
+
+def test_only_what_rotation_made_is_an_older_log(tmp_path: Path) -> None:
+    for name in ("m-0.log", "m-0.log.1", "m-0.log.12", "m-0.log.1x", "m-0.log.x", "m-0.log.²"):
+        (tmp_path / name).touch()
+
+    assert [path.name for path in log_files(tmp_path / "m-0.log")] == [
+        *("m-0.log.12", "m-0.log.1", "m-0.log"),
     ]
 
 

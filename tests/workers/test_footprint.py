@@ -2,6 +2,7 @@
 
 import math
 import re
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
@@ -574,3 +575,49 @@ def test_each_worker_may_fill_its_logs() -> None:
 
     assert three["state_dir"] - none["state_dir"] == 3 * 4 * 8 * MIB
     assert none["runtime_dir"] == 0 < three["runtime_dir"]
+
+
+# ── Configurations that make no sense ───────────────────────────────────────────────────────────
+
+KEYS = (
+    *("num_hidden_layers", "num_attention_heads", "num_key_value_heads"),
+    *("head_dim", "hidden_size", "max_position_embeddings", "layer_types"),
+)
+JUNK = (float("inf"), float("nan"), 1.5, True, "x", [1], {}, -1, 10**400, [["x"]], 5)
+
+
+@pytest.mark.parametrize("key", KEYS)
+@pytest.mark.parametrize("value", JUNK, ids=lambda value: f"{value!r:.12}")
+def test_a_config_of_any_content_is_read_without_an_error(key: str, value: object) -> None:
+    found = files(GIB, LLAMA_8B | {key: value})
+    for model in (vllm(), vllm(kv_cache_gib=1), vllm("--max-model-len", "9" * 400)):
+        needed(model, found)
+        assert check_context("m", model, found, ("cuda:0",), 80 * GIB) is None or value == 5
+
+
+@pytest.mark.parametrize("layers", ["x", [1]])
+def test_a_text_or_a_list_is_not_repeated_by_what_it_is_multiplied_with(layers: object) -> None:
+    """Ten thousand million times, for other numbers of the same file."""
+    tracemalloc.start()
+    config = {"num_attention_heads": 1, "num_hidden_layers": layers, "head_dim": 10**6}
+
+    assert kv_bytes_per_token(config) is None
+    assert tracemalloc.get_traced_memory()[1] < 10**6
+    tracemalloc.stop()
+
+
+def test_a_variable_of_the_cpus_cache_that_is_no_number_is_not_read_as_one() -> None:
+    for told in ("9" * 5000, "٣", "x", "-1"):
+        model = vllm(device="cpu", env={"VLLM_CPU_KVCACHE_SPACE": told})
+        need = ram_needed(model, files(GIB), ("cpu",))
+        assert need is not None
+        assert dict(need.parts)["KV"] == GIB
+
+
+def test_a_device_without_memory_has_room_for_nothing() -> None:
+    model = vllm(kv_cache_gib=1)
+    need = vram_needed("m", model, files(GIB, LLAMA_8B), 1, 0)
+
+    assert stated_utilization("m", model, files(GIB, LLAMA_8B), 1, 0) is None
+    assert need is not None
+    assert vram_error("m", "cuda:0", need, 0, 0, ()).details["available_vram_gb"] == 0

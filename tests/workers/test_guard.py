@@ -7,8 +7,9 @@ import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -17,6 +18,7 @@ from hypothesis import strategies as st
 from hive.workers import cgroup, guard
 from hive.workers.guard import Group, Log, OomKills, Process, Record
 from tests.patience import short_directory, wait_until
+from tests.workers.blindness import blind
 
 
 @pytest.fixture
@@ -67,7 +69,7 @@ def test_what_is_gone_is_nothing() -> None:
 
     assert guard.look_at(process.pid) is None
     assert guard.mark_of(process.pid) is None
-    assert guard.shared_memory(process.pid) == {}
+    assert guard.shared_memory(process.pid) == set()
 
 
 def test_a_mark_is_read_from_the_environment_alone(sleeper: subprocess.Popen[bytes]) -> None:
@@ -302,11 +304,166 @@ def shm() -> Iterator[Path]:
     path.unlink(missing_ok=True)
 
 
+def holds(path: Path, *, written: bool = False) -> bool:
+    return path.stat().st_ino in guard.shared_memory(os.getpid(), written=written)
+
+
 def test_shared_memory_is_found_by_who_maps_it(shm: Path) -> None:
-    with shm.open("r+b") as file, mmap.mmap(file.fileno(), 4096):
-        assert guard.shared_memory(os.getpid())[shm.name] == shm.stat().st_ino
-        shm.unlink()
-        assert shm.name not in guard.shared_memory(os.getpid())
+    with shm.open("r+b") as file:
+        mapped = mmap.mmap(file.fileno(), 4096)
+    with mapped:
+        assert holds(shm)
+        assert holds(shm, written=True)
+    assert not holds(shm)
+
+
+def test_shared_memory_is_found_by_who_has_it_open(shm: Path) -> None:
+    with shm.open("r+b"):
+        assert holds(shm, written=True)
+    with shm.open("rb"):
+        assert holds(shm)
+
+
+def test_who_only_reads_shared_memory_does_not_write_it(shm: Path) -> None:
+    """Weights and datasets lie there, too."""
+    with shm.open("rb") as file, mmap.mmap(file.fileno(), 4096, access=mmap.ACCESS_READ):
+        assert not holds(shm, written=True)
+    with shm.open("rb") as file, mmap.mmap(file.fileno(), 4096, access=mmap.ACCESS_COPY):
+        assert holds(shm)
+        assert not holds(shm, written=True)
+
+
+def test_what_a_process_writes_is_its_own_if_it_was_not_there_before(shm: Path) -> None:
+    me, inode = seen(os.getpid()), shm.stat().st_ino
+    with shm.open("r+b"):
+        assert guard.written_by([me], frozenset()) == {shm.name: inode}
+        assert guard.written_by([me], {inode}) == {}
+        assert guard.written_by([me], None) == {}
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can give a file away")
+def test_another_users_file_is_never_ours(shm: Path) -> None:
+    os.chown(shm, 65534, -1)
+    inode = shm.stat().st_ino
+    with shm.open("r+b"):
+        assert guard.written_by([seen(os.getpid())], frozenset()) == {}
+    assert guard.remove_shared_memory({shm.name: inode}) == []
+    assert shm.exists()
+
+
+def test_what_lies_in_a_directory_of_shared_memory_is_never_ours(shm: Path) -> None:
+    directory = shm.with_name(f"{shm.name}-model")
+    directory.mkdir()
+    path = directory / "model.safetensors"
+    try:
+        path.write_bytes(bytes(4096))
+        with path.open("r+b") as file, mmap.mmap(file.fileno(), 4096):
+            assert guard.written_by([seen(os.getpid())], frozenset()) == {}
+        name = f"{directory.name}/{path.name}"
+        assert guard.remove_shared_memory({name: path.stat().st_ino}) == []
+        assert path.exists()
+    finally:
+        path.unlink()
+        directory.rmdir()
+
+
+def test_a_link_in_the_place_of_shared_memory_stays(shm: Path, tmp_path: Path) -> None:
+    shm.unlink()
+    shm.symlink_to(tmp_path)
+
+    assert guard.remove_shared_memory({shm.name: tmp_path.stat().st_ino}) == []
+    assert guard.remove_shared_memory({shm.name: shm.lstat().st_ino}) == []
+    assert shm.is_symlink()
+
+
+def test_shared_memory_that_somebody_has_open_stays(shm: Path) -> None:
+    with shm.open("rb"):
+        assert guard.remove_shared_memory({shm.name: shm.stat().st_ino}) == []
+    assert shm.exists()
+
+
+# ── Nobody can look ─────────────────────────────────────────────────────────────────────────────
+
+
+def test_who_cannot_look_does_not_say_that_nothing_is_there(shm: Path, group: Group) -> None:
+    """No descriptor is free: a process that was not seen is not gone."""
+    me, inode = os.getpid(), shm.stat().st_ino
+    looks: tuple[Callable[[], object], ...] = (
+        lambda: guard.look_at(me),
+        lambda: list(guard.every_process()),
+        lambda: guard.descendants(me),
+        lambda: guard.mark_of(me),
+        lambda: guard.shared_memory(me),
+        lambda: guard.remove_shared_memory({shm.name: inode}),
+        lambda: guard.is_resource_tracker(me),
+        group.pids,
+        group.is_populated,
+        lambda: group.held(me),
+    )
+    with blind():
+        for look in looks:
+            with pytest.raises(OSError, match="Too many open files"):
+                look()
+    assert shm.exists()
+
+
+# ── The home ────────────────────────────────────────────────────────────────────────────────────
+
+
+def made(home: Path) -> tuple[int, int]:
+    return home.stat().st_dev, home.stat().st_ino
+
+
+def test_a_home_is_removed_with_all_that_is_in_it(tmp_path: Path) -> None:
+    home, outside = tmp_path / "1", tmp_path / "outside"
+    (home / "t" / "deep").mkdir(parents=True)
+    (home / "t" / "deep" / "file").touch()
+    outside.mkdir()
+    (outside / "file").touch()
+    (home / "link").symlink_to(outside)
+    os.mkfifo(home / "pipe")
+    guard.remove_home(home, made(home))
+
+    assert not home.exists()
+    assert (outside / "file").exists()
+
+
+def test_another_directory_in_the_homes_place_is_not_removed(tmp_path: Path) -> None:
+    home, other = tmp_path / "w" / "1", tmp_path / "other"
+    home.mkdir(parents=True)
+    before = made(home)
+    (other / "1").mkdir(parents=True)
+    (other / "1" / "file").touch()
+    home.rename(tmp_path / "moved")
+    home.symlink_to(other)
+    guard.remove_home(home, before)
+    assert home.is_symlink()
+
+    home.unlink()
+    home.parent.rmdir()
+    home.parent.symlink_to(other)
+    guard.remove_home(home, before)
+    guard.remove_home(tmp_path / "gone", before)
+    assert (other / "1" / "file").exists()
+
+
+def test_what_is_mounted_in_a_home_is_not_emptied(tmp_path: Path) -> None:
+    there = tmp_path / "1" / "a mount"
+    there.mkdir(parents=True)
+    mounting = ["mount", "-t", "tmpfs", "none", str(there)]
+    if subprocess.run(mounting, capture_output=True, check=False).returncode:
+        pytest.skip("mounting is not allowed here")
+    try:
+        (there / "file").touch()
+        guard.remove_home(tmp_path / "1", made(tmp_path / "1"))
+        assert (there / "file").exists()
+    finally:
+        subprocess.run(["umount", str(there)], check=True)
+    guard.remove_home(tmp_path / "1", made(tmp_path / "1"))
+    assert not (tmp_path / "1").exists()
+
+
+# ── Shared memory, recorded ─────────────────────────────────────────────────────────────────────
 
 
 def test_recorded_shared_memory_that_nobody_maps_is_removed(shm: Path) -> None:
@@ -345,7 +502,7 @@ def test_a_semaphore_is_found_although_its_name_changed() -> None:
         assert process.stdin
         process.stdin.close()
 
-    assert found[name] == inode
+    assert inode in found
 
 
 # ── The log ─────────────────────────────────────────────────────────────────────────────────────
@@ -396,30 +553,59 @@ def test_a_log_that_cannot_be_written_holds_nobody_up() -> None:
     os.close(log.fd)
 
 
+def recorded_in(directory: Path) -> dict[str, Any]:
+    """What of a launch goes into the record."""
+    record = str(directory / "tree.json")
+    return {"record": record, "mark": "a mark", "cgroup": None, "made": [1, 2]}
+
+
 # ── The record ──────────────────────────────────────────────────────────────────────────────────
 
 
-def test_the_record_says_who_belongs_to_the_tree_and_what_it_maps(
+def test_the_record_says_who_belongs_to_the_tree_and_what_it_writes(
     tmp_path: Path, shm: Path
 ) -> None:
-    record = Record(str(tmp_path / "tree.json"), "a mark")
-    me = seen(os.getpid())
-    with shm.open("r+b") as file, mmap.mmap(file.fileno(), 4096):
+    before = shm.with_name(f"{shm.name}-dataset")
+    before.touch()
+    shm.unlink()
+    try:
+        record = Record(recorded_in(tmp_path))
+        shm.write_bytes(bytes(4096))
+        me = seen(os.getpid())
+        with before.open("r+b"), shm.open("r+b") as file, mmap.mmap(file.fileno(), 4096):
+            record.update([me])
         record.update([me])
-    record.update([me])
-    content = json.loads((tmp_path / "tree.json").read_text())
+        content = json.loads((tmp_path / "tree.json").read_text())
 
-    assert content["mark"] == "a mark"
-    assert content["guard"] == os.getpid()
-    assert content["members"] == [[me.pid, me.start]]
-    assert content["cgroup"] is None
-    assert content["shm"][shm.name] == shm.stat().st_ino
-    assert os.listdir(tmp_path) == ["tree.json"]
+        assert content["mark"] == "a mark"
+        assert content["guard"] == os.getpid()
+        assert content["members"] == [[me.pid, me.start]]
+        assert content["cgroup"] is None
+        assert content["home"] == [1, 2]
+        assert content["shm"] == {shm.name: shm.stat().st_ino}
+        assert before.stat().st_ino in content["shm_before"]
+        assert os.listdir(tmp_path) == ["tree.json"]
+    finally:
+        before.unlink()
+
+
+def test_a_name_that_is_gone_leaves_the_record(tmp_path: Path, shm: Path) -> None:
+    """Else it would grow for as long as the engine lives."""
+    shm.unlink()
+    record = Record(recorded_in(tmp_path))
+    shm.touch()
+    with shm.open("r+b"):
+        record.update([seen(os.getpid())])
+    assert record.shm == {shm.name: shm.stat().st_ino}
+    shm.unlink()
+    record.update([])
+
+    assert json.loads((tmp_path / "tree.json").read_text())["shm"] == {}
 
 
 def test_the_record_is_written_only_when_something_changed(tmp_path: Path) -> None:
     path = tmp_path / "tree.json"
-    record = Record(str(path), "a mark")
+    record = Record(recorded_in(tmp_path))
     record.update([])
     before = path.stat().st_ino
     record.update([])
@@ -430,8 +616,10 @@ def test_the_record_is_written_only_when_something_changed(tmp_path: Path) -> No
 
 
 def test_shared_memory_that_is_mapped_later_is_recorded_then(tmp_path: Path, shm: Path) -> None:
-    record = Record(str(tmp_path / "tree.json"), "a mark")
+    shm.unlink()
+    record = Record(recorded_in(tmp_path))
     record.update([seen(os.getpid())])
+    shm.write_bytes(bytes(4096))
     with shm.open("r+b") as file, mmap.mmap(file.fileno(), 4096):
         record.update([seen(os.getpid())])
 
@@ -439,7 +627,7 @@ def test_shared_memory_that_is_mapped_later_is_recorded_then(tmp_path: Path, shm
 
 
 def test_a_record_that_cannot_be_written_is_no_reason_to_stop() -> None:
-    Record("/proc/nowhere/tree.json", "a mark").update([])
+    Record(recorded_in(Path("/proc/nowhere"))).update([])
 
 
 # ── The program ─────────────────────────────────────────────────────────────────────────────────
@@ -476,6 +664,7 @@ def launch_in(directory: Path, **facts: object) -> dict[str, object]:
         "env": {},
         "cwd": "/",
         "home": str(home),
+        "made": [home.stat().st_dev, home.stat().st_ino],
         "record": str(home / "tree.json"),
         "mark": "m",
         "vital": [],

@@ -1,12 +1,15 @@
 """What the host has left, read from the kernel's own files."""
 
+import errno
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
 from hive.workers.footprint import GIB, MIB, Need
-from hive.workers.host import Room, available_ram, check_disk, check_ram
+from hive.workers.host import FILES, Room, available_ram, check_disk, check_ram, why
 
 # Of a virtual machine with 24 GB, shortened.
 MEMINFO = """\
@@ -210,3 +213,27 @@ def test_a_tmpfs_can_be_enlarged(host: Host, tmp_path: Path) -> None:
 def test_a_file_system_that_counts_no_blocks_has_no_limit() -> None:
     assert os.statvfs("/proc").f_blocks == 0  # as a tmpfs without a size
     assert check_disk(Path("/proc/self"), 10**18, "runtime_dir") is None
+
+
+def test_a_disk_with_room_but_without_inodes_is_too_full(tmp_path: Path) -> None:
+    script = f"mount -t tmpfs -o size=100m,nr_inodes=20 tmpfs {tmp_path} && exec \"$@\""
+    code = (
+        "import sys, pathlib\nfrom hive.workers.host import check_disk\n"
+        "error = check_disk(pathlib.Path(sys.argv[1]) / 'x', 2**20, 'state_dir')\n"
+        "print(error.message, error.suggested_action, sep='\\n')"
+    )
+    command = ["unshare", "-m", "sh", "-c", script, "sh", sys.executable, "-c", code, tmp_path]
+    done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
+    if "unshare failed" in done.stderr or "permission denied" in done.stderr.lower():
+        pytest.skip("needs mount namespaces")
+    message, action = done.stdout.splitlines()
+
+    assert f"needs {FILES} new files, but its file system (tmpfs on {tmp_path})" in message
+    assert "has inodes for 19 left: 45 inodes too little." in message
+    assert f"remount,nr_inodes=… {tmp_path}" in action
+
+
+def test_what_the_system_says_is_told_as_it_is(tmp_path: Path) -> None:
+    assert why(OSError(errno.EACCES, "Permission denied"), tmp_path) == "Permission denied"
+    assert why(OSError(errno.ENOSPC, "No space left"), tmp_path) == "No space left"
+    assert why(OSError("odd"), tmp_path) == "odd"

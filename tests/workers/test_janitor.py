@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import errno
 import json
 import os
 import secrets
@@ -9,6 +10,7 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager
 from pathlib import Path
@@ -43,6 +45,7 @@ if os.fork():
     os._exit(0)
 os.execve(sys.executable, [sys.executable, "-I", "-S", "-c", {DEAF!r}], {{}})
 """
+EMPTY: dict[str, Any] = {"members": [], "shm_before": [], "shm": {}}  # of a guard's record
 # A hive of its own: ledger, home, directory for logs, mark, grace, the engine's code and variable.
 HIVE = """
 import asyncio, sys
@@ -94,7 +97,7 @@ class Host:
             path.write_text(json.dumps(json.loads(path.read_text()) | changes))
         if tree is not None:
             record = journal.record_in(self.ledger.directory, note.mark)
-            record.write_text(json.dumps({"mark": note.mark, "members": [], "shm": {}} | tree))
+            record.write_text(json.dumps(EMPTY | {"mark": note.mark} | tree))
         return path
 
     def files(self) -> list[str]:
@@ -319,6 +322,7 @@ def test_a_home_with_its_record_in_it_is_cleared_too(host: Host, shm: Path) -> N
     home.mkdir()
     with running(HIVE_MARK=mark) as one, running() as two:
         record = {
+            **EMPTY,
             "mark": mark,
             "guard": gone()[0],
             "members": [[two.pid, two.start]],
@@ -362,6 +366,64 @@ def test_a_write_that_hive_did_not_live_to_finish_is_removed(host: Host) -> None
 
     assert host.sweep() == []
     assert host.files() == []
+
+
+def test_a_process_that_only_has_a_guards_name_is_not_waited_for(
+    host: Host, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The guard on record is gone: nobody else will end what it left."""
+    monkeypatch.setattr(guard, "KILL_S", 60.0)
+    code = f"import ctypes; ctypes.CDLL(None).prctl(15, b'hive-guard', 0, 0, 0); {QUIET}"
+    note = host.note(guard=gone(), grace_s=0.0)
+    host.write(note)
+    with running(command=[*PYTHON[:-1], code], HIVE_MARK=note.mark) as process:
+        assert process.name == "hive-guard"
+        began = time.monotonic()
+        assert outcomes(host.sweep()) == {("process", described(process), "ended")}
+        assert time.monotonic() - began < 30
+
+
+def test_what_nobody_can_look_at_is_kept_until_it_can_be_seen(
+    host: Host, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No descriptor is free: neither the record nor a process is taken for gone."""
+
+    def nobody_can(*_: object) -> None:
+        raise OSError(errno.EMFILE, "Too many open files")
+
+    monkeypatch.setattr(guard, "KILL_S", 0.1)
+    note = host.note()
+    host.write(note, {})
+    before = host.files()
+    with monkeypatch.context() as blinded:
+        blinded.setattr(journal, "_read", nobody_can)
+        assert {one.outcome for one in host.sweep()} == {"left alone"}
+        blinded.undo()
+        blinded.setattr(journal, "tree_of", nobody_can)
+        assert outcomes(host.sweep()) == {("process", "unknown", "stays")}
+    assert host.files() == before
+
+    assert asyncio.run(host.ledger.recheck()) == []
+    assert host.files() == []
+
+
+def test_a_home_that_is_another_directory_now_is_not_removed(host: Host) -> None:
+    note = host.note()
+    note.home.mkdir()
+    (note.home / "precious").touch()
+    other = note.home.stat()
+    host.write(note, {"home": [other.st_dev, other.st_ino + 1]})
+
+    assert outcomes(host.sweep()) == {("directory", "w/1", "stays")}
+    assert (note.home / "precious").exists()
+
+
+def test_shared_memory_that_was_there_before_the_tree_is_not_touched(host: Host, shm: Path) -> None:
+    inode = shm.stat().st_ino
+    host.write(host.note(), {"shm": {shm.name: inode}, "shm_before": [inode]})
+
+    assert host.sweep() == []
+    assert shm.exists()
 
 
 # ── What is not hive's ──────────────────────────────────────────────────────────────────────────
@@ -675,7 +737,7 @@ def test_what_an_end_revealed_is_still_known_when_the_home_is_gone(host: Host) -
     home.mkdir()
     (host.top / "elsewhere").mkdir()
     note = host.note(3)
-    record = {"mark": note.mark, "members": [], "shm": {"psm_x": 7}}
+    record = EMPTY | {"mark": note.mark, "shm": {"psm_x": 7}}
     (home / "tree.json").write_text(json.dumps(record))
     mounting = ["mount", "-t", "tmpfs", "none", str(home)]
     (home / "t").mkdir()

@@ -14,6 +14,7 @@ import pytest
 from hive.workers import journal
 from hive.workers.journal import Damaged, Note, Tree
 from tests.patience import short_directory
+from tests.workers.blindness import blind
 
 MARK = "0123456789abcdef"
 HOME = Path("/run/hive/w/1")
@@ -40,7 +41,8 @@ def written(directory: Path, **changes: Any) -> Path:
 def tree_file(directory: Path, **changes: Any) -> Path:
     directory.mkdir(exist_ok=True)
     path = journal.record_in(directory, MARK)
-    path.write_text(json.dumps({"mark": MARK, "guard": 7, "members": [], "shm": {}} | changes))
+    empty = {"mark": MARK, "guard": 7, "members": [], "shm_before": [], "shm": {}}
+    path.write_text(json.dumps(empty | changes))
     return path
 
 
@@ -260,6 +262,46 @@ def test_a_record_may_lie_in_the_home(tmp_path: Path) -> None:
     tree = journal.tree_of(tmp_path, journal.new("llama-0", home, MARK))
 
     assert tree.members == [(7, 70)]
+
+
+def test_what_was_there_before_the_tree_is_not_the_trees(directory: Path) -> None:
+    tree_file(directory, shm={"dataset": 3, "psm_1": 4}, shm_before=[3, 5])
+
+    assert journal.tree_of(directory, note()).shm == {"psm_1": 4}
+
+
+def test_of_a_record_that_knows_no_before_no_shared_memory_is_the_trees(directory: Path) -> None:
+    tree_file(directory, members=[[7, 70]], shm={"psm_1": 3}, shm_before=None)
+    tree = journal.tree_of(directory, note())
+
+    assert (tree.members, tree.shm) == ([(7, 70)], {})
+
+
+def test_a_record_proves_the_home_that_it_lies_in(tmp_path: Path) -> None:
+    home = tmp_path / "1"
+    tree_file(home).rename(home / "tree.json")
+    tree = journal.tree_of(tmp_path, journal.new("llama-0", home, MARK))
+
+    assert tree.home == (home.stat().st_dev, home.stat().st_ino)
+    assert journal.read_tree(home / "tree.json").home is None
+
+
+def test_what_cannot_be_read_just_now_is_not_damaged(directory: Path) -> None:
+    """No descriptor is free: it is another thing than a file that is not hive's."""
+    path = written(directory)
+    tree_file(directory)
+    one = note()
+    with blind():
+        for read in (lambda: journal.read_note(path), lambda: journal.tree_of(directory, one)):
+            with pytest.raises(OSError, match="Too many open files"):
+                read()
+
+
+@pytest.mark.parametrize("seconds", [0.0, 86_400.0])
+def test_every_grace_that_a_setting_allows_is_journalled(directory: Path, seconds: float) -> None:
+    journal.write(directory, note(grace_s=seconds))
+
+    assert journal.read_note(journal.file_of(directory, MARK)).grace_s == seconds
 
 
 def test_names_in_directories_of_shared_memory_are_left_to_others(directory: Path) -> None:

@@ -8,6 +8,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -18,6 +19,7 @@ from hive.workers.journal import NO_TREE
 from hive.workers.ledger import Ledger
 from hive.workers.process import Launch, Place, Tree
 from tests.patience import awaited, short_directory, until
+from tests.workers.blindness import blind
 
 QUIET = "import signal; print('up', flush=True); signal.pause()"
 SHARE = """
@@ -122,6 +124,38 @@ async def test_what_the_guard_wrote_down_outlives_the_home(home: Path, book: Led
     assert journal.tree_of(book.directory, entry.note).shm == {name: inode}
     assert await book.audit(entry) == []
     assert files(book) == []
+
+
+@awaited
+async def test_what_nobody_can_look_at_is_not_proved_given_back(
+    home: Path, book: Ledger, heard: list[Event], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No descriptor is free: not known yet, and looked at again; nothing raises (R144)."""
+    monkeypatch.setattr(ledger, "SETTLE_S", 0.0)
+    place = place_in(home, book)
+    entry = await book.intend("llama-0", place)
+    place.home.mkdir()
+    await asyncio.to_thread(list)  # a thread needs no descriptor, its first import would
+    with marked(place), blind():
+        (leak,) = await book.audit(entry)
+        assert (leak.kind, leak.holder) == ("process", "unknown")
+        assert await book.recheck() == [leak]
+    assert place.home.exists()
+    assert files(book) == [f"{place.mark}.json"]
+    assert await book.recheck() == []
+    assert [type(event) for event in heard] == [LeakFound, LeakCleared]
+    assert files(book) == []
+
+
+@pytest.mark.parametrize("facts", [{"grace_s": -1.0}, {"cgroup": Path("/elsewhere")}])
+@awaited
+async def test_what_could_not_be_read_back_is_a_value_error(
+    home: Path, book: Ledger, facts: dict[str, Any]
+) -> None:
+    with pytest.raises(ValueError, match="validation error"):
+        await book.intend("llama-0", place_in(home, book), **facts)
+
+    assert book.entries == []
 
 
 @awaited

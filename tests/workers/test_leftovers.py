@@ -20,8 +20,10 @@ from hive.workers.guard import Process
 from hive.workers.journal import NO_TREE, Note, Tree
 from hive.workers.leftovers import KINDS, Leak, described, members
 from tests.patience import short_directory, wait_until
+from tests.workers.blindness import blind
 
 MARK = "0123456789abcdef"
+HOME = Path("/run/hive/w/1")
 QUIET = [sys.executable, "-I", "-S", "-c", "import signal; print(flush=True); signal.pause()"]
 
 
@@ -45,7 +47,8 @@ def note_of(home: Path, **facts: Any) -> Note:
 
 
 def tree_of(*processes: Process, **shm: int) -> Tree:
-    return Tree(mark=MARK, members=[(p.pid, p.start) for p in processes], shm=shm)
+    members = [(p.pid, p.start) for p in processes]
+    return Tree(mark=MARK, members=members, shm_before=frozenset(), shm=shm)
 
 
 @contextmanager
@@ -69,7 +72,13 @@ def pids(note: Note, tree: Tree = NO_TREE) -> list[int]:
 
 
 def found(home: Path, tree: Tree = NO_TREE, **facts: Any) -> list[Leak]:
-    return leftovers.leftovers(note_of(home, **facts), tree)
+    """Of a start that is on record, with its home."""
+    return leftovers.leftovers(note_of(home, **facts), made(tree, home))
+
+
+def made(tree: Tree, home: Path) -> Tree:
+    about = os.lstat(home) if home.is_dir() else os.stat("/")
+    return tree.model_copy(update={"home": (about.st_dev, about.st_ino)})
 
 
 # ── Whose process it is ─────────────────────────────────────────────────────────────────────────
@@ -349,7 +358,8 @@ def test_shared_memory_that_a_stranger_maps_is_told_with_its_user(home: Path, sh
         "from pathlib import Path\n"
         "from hive.workers import journal, leftovers\n"
         "note = journal.new('llama-0', Path(sys.argv[1]), sys.argv[2])\n"
-        "tree = journal.Tree(mark=note.mark, members=[], shm={sys.argv[3]: int(sys.argv[4])})\n"
+        "shm = {sys.argv[3]: int(sys.argv[4])}\n"
+        "tree = journal.Tree(mark=note.mark, members=[], shm_before=frozenset(), shm=shm)\n"
         "for leak in leftovers.leftovers(note, tree): print(leak.kind, leak.holder, leak.how_to_clear)"
     )
     where = [str(home), MARK, shm.name, str(shm.stat().st_ino)]
@@ -384,6 +394,72 @@ def test_a_look_that_fails_is_told_and_keeps_no_other_from_looking(
     assert not home.exists()
 
 
+def test_who_cannot_be_seen_is_not_known_and_nothing_is_touched(
+    home: Path, shm: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """No descriptor is free: whoever lives may use the rest."""
+    note, tree = note_of(home), made(tree_of(**{shm.name: shm.stat().st_ino}), home)
+    with running(HIVE_MARK=MARK) as process:
+        with blind():
+            (leak,) = leftovers.leftovers(note, tree)
+        assert (leak.kind, leak.holder) == ("process", "unknown")
+        assert "who lives of llama-0 cannot be seen: Too many open files" in caplog.text
+        assert home.exists()
+        assert shm.exists()
+        (leak,) = leftovers.leftovers(note, tree)
+        assert leak.holder == described(process)
+
+
+def test_a_home_that_is_another_directory_now_is_told_and_not_removed(home: Path) -> None:
+    """As where somebody put a link to it, or another directory, in the place of one above."""
+    tree = made(tree_of(), home)
+    outside = home.parent.parent / "outside"
+    (outside / "1").mkdir(parents=True)
+    (outside / "1" / "file").touch()
+    home.parent.rename(home.parent.parent / "moved")
+    home.parent.symlink_to(outside)
+    (leak,) = leftovers.leftovers(note_of(home), tree)
+
+    assert (leak.kind, leak.holder) == ("directory", "w/1")
+    assert (outside / "1" / "file").exists()
+
+
+def test_a_home_that_is_not_on_record_is_removed_only_as_it_was_made(home: Path) -> None:
+    """Nothing was started in it yet."""
+    (home / "t").mkdir()
+    (home / "file").touch()
+    (leak,) = leftovers.leftovers(note_of(home), NO_TREE)
+    assert leak.kind == "directory"
+    (home / "file").unlink()
+
+    assert leftovers.leftovers(note_of(home), NO_TREE) == []
+    assert not home.exists()
+
+
+def test_after_a_boot_the_devices_number_may_be_another(home: Path) -> None:
+    (home / "file").touch()
+    tree = tree_of().model_copy(update={"home": (1 << 40, home.stat().st_ino)})
+    note = note_of(home)
+    (leak,) = leftovers.leftovers(note, tree)
+    assert leak.kind == "directory"
+
+    assert leftovers.leftovers(note.model_copy(update={"boot": "of last week"}), tree) == []
+    assert not home.exists()
+
+
+def test_a_guard_is_known_by_its_record_and_not_by_its_name(home: Path) -> None:
+    """Anybody may have the name; where nothing is on record, nothing else is known."""
+    named = Process(7, 1, 7, "S", 70, leftovers.GUARD)
+
+    assert leftovers.is_guard(named, note_of(home))
+    assert leftovers.is_guard(named._replace(name="sh"), _guarded(home, (7, 70)))
+    assert not leftovers.is_guard(named, _guarded(home, (8, 80)))
+
+
+def _guarded(home: Path, one: tuple[int, int]) -> Note:
+    return note_of(home).model_copy(update={"guard": one})
+
+
 # ── Reaping, and what is shown ──────────────────────────────────────────────────────────────────
 
 
@@ -393,16 +469,16 @@ def test_a_member_that_has_ended_and_came_to_hive_is_reaped() -> None:
     wait_until(lambda: (p := guard.look_at(pid)) and p.state == "Z", "its end")
     zombie = guard.look_at(pid)
     assert zombie is not None
-    leftovers.reap(tree_of(zombie._replace(start=zombie.start + 1)))
+    leftovers.reap(note_of(HOME), tree_of(zombie._replace(start=zombie.start + 1)))
     assert guard.look_at(pid) is not None
-    leftovers.reap(tree_of(zombie))
+    leftovers.reap(note_of(HOME), tree_of(zombie))
 
     assert guard.look_at(pid) is None
 
 
 def test_a_member_that_lives_is_not_waited_for() -> None:
     with running() as process:
-        leftovers.reap(tree_of(process))
+        leftovers.reap(note_of(HOME), tree_of(process))
 
 
 def test_a_leak_shows_no_path(home: Path) -> None:

@@ -263,7 +263,15 @@ def test_a_file_with_something_after_the_last_tensor(model: Path) -> None:
         {"a": tensor(0, 8) | {"data_offsets": [0, "8"]}},
         {"a": tensor(0, 8) | {"data_offsets": None}},
         {"a": 3},
+        {"a": tensor(0, 8) | {"data_offsets": [0, float("inf")]}},
+        {"a": tensor(0, 8) | {"data_offsets": [0, 8.0]}},
+        {"a": tensor(0, 8) | {"data_offsets": [0, 10**400]}},
+        {"a": tensor(0, 8) | {"shape": [float("inf")]}},
+        {"a": tensor(0, 8) | {"shape": [10**300] * 10}},
+        {"a": tensor(0, 8) | {"shape": "4"}},
+        {"a": tensor(0, 8) | {"dtype": "F" + "9" * 5000}},
     ],
+    ids=lambda tensors: f"{tensors!r:.60}",
 )
 def test_a_header_that_makes_no_sense(model: Path, tensors: dict[str, Any]) -> None:
     safetensors(model / "model.safetensors", tensors, 8)

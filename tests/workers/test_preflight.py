@@ -5,6 +5,8 @@ import os
 import stat
 import subprocess
 import sys
+import threading
+import time
 from collections.abc import Collection, Iterator
 from pathlib import Path
 from typing import Any
@@ -150,14 +152,6 @@ def test_the_directories_are_made_for_hives_user_alone(home: Path) -> None:
         assert mode(home / path) == 0o700, path
 
 
-def test_a_directory_that_others_may_read_is_closed(home: Path) -> None:
-    (home / "s").mkdir()
-    (home / "s").chmod(0o755)
-    prepare_directories(settings(state_dir=home / "s", runtime_dir=home / "r"))
-
-    assert mode(home / "s") == 0o700
-
-
 @pytest.mark.parametrize("key", ["state_dir", "runtime_dir"])
 def test_another_users_directory_is_refused_and_left_as_it_is(home: Path, key: str) -> None:
     others = Path("/")
@@ -272,6 +266,33 @@ def test_an_environment_that_does_not_run_says_why(
     (error,) = errors(vllm(model_dir, program(tmp_path / "python", script)))
 
     assert told in error.message
+
+
+@pytest.mark.parametrize("said", ["5", "[]", '{"vllm": 5}', '{"vllm": ["cpu"]}', "[" * 100_000])
+def test_an_answer_that_is_none_is_told(model_dir: Path, tmp_path: Path, said: str) -> None:
+    (tmp_path / "said").write_text(said)
+    (error,) = errors(vllm(model_dir, program(tmp_path / "python", f"cat {tmp_path}/said")))
+
+    assert isinstance(error, WorkerSpawnFailed)
+
+
+def test_what_an_environment_complains_of_steers_no_terminal(
+    model_dir: Path, tmp_path: Path
+) -> None:
+    python = program(tmp_path / "python", r"printf '\033[2Jbroken\n' >&2; exit 1")
+    (error,) = errors(vllm(model_dir, python))
+
+    assert r"\x1b[2Jbroken" in error.message
+
+
+def test_a_stop_ends_the_question_to_an_environment(model_dir: Path, tmp_path: Path) -> None:
+    """So a SIGTERM need not wait for a Python that imports for a minute, or hangs."""
+    python = program(tmp_path / "python", "sleep 600")
+    stop, began = threading.Event(), time.monotonic()
+    threading.Timer(0.3, stop.set).start()
+    check(settings({"m": vllm(model_dir, python)}), Driver(), stop=stop)
+
+    assert time.monotonic() - began < 20
 
 
 def test_the_versions_of_a_whole_environment_are_told(model_dir: Path, tmp_path: Path) -> None:

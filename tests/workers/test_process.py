@@ -6,21 +6,34 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import asynccontextmanager, contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 from textwrap import indent
+from typing import Any
 
 import pytest
 
 from hive.errors import WorkerSpawnFailed
 from hive.workers import cgroup, guard, process
 from hive.workers.guard import Group, Process
-from hive.workers.process import Exit, Launch, Place, Tree, read_record
+from hive.workers.journal import NO_TREE
+from hive.workers.process import (
+    Exit,
+    Gone,
+    Launch,
+    Orphans,
+    Place,
+    Tree,
+    adopted,
+    read_record,
+)
 from tests.doubles.unkillable import WHY_NOT, Freezer, hierarchy
 from tests.patience import awaited, short_directory, until, wait_until
+from tests.workers.blindness import blind
 
 # Engines in miniature: each says "up" once it is what its name says.
 QUIET = "print('up', flush=True); signal.pause()"
@@ -338,11 +351,12 @@ async def test_while_it_lives_the_tree_is_on_record(home: Path) -> None:
     async with started(place, SHARE, SHM_NAME=(name := f"hivetest_{os.getpid()}")) as tree:
         engine = guard.look_at(tree.pid)
         assert engine is not None
-        await until(lambda: read_record(place.record)[1], "the shared memory on record")
-        recorded, shm = read_record(place.record)
+        await until(lambda: read_record(place.record).shm, "the shared memory on record")
+        record = read_record(place.record)
 
-        assert recorded == {(engine.pid, engine.start)}
-        assert shm == {name: Path("/dev/shm", name).stat().st_ino}
+        assert record.members == [(engine.pid, engine.start)]
+        assert record.home == (place.home.stat().st_dev, place.home.stat().st_ino)
+        assert record.shm == {name: Path("/dev/shm", name).stat().st_ino}
         assert json.loads(place.record.read_text())["mark"] == place.mark
         assert json.loads(place.record.read_text())["guard"] == tree.guard_pid
         await tree.end(5)
@@ -351,8 +365,8 @@ async def test_while_it_lives_the_tree_is_on_record(home: Path) -> None:
 def test_a_record_that_is_not_one_is_empty(tmp_path: Path) -> None:
     for text in ("", "{", "[]", '{"members": [1], "shm": {}}', '{"members": []}'):
         (tmp_path / "tree.json").write_text(text)
-        assert read_record(tmp_path / "tree.json") == (set(), {})
-    assert read_record(tmp_path / "gone.json") == (set(), {})
+        assert read_record(tmp_path / "tree.json") == NO_TREE
+    assert read_record(tmp_path / "gone.json") == NO_TREE
 
 
 @awaited
@@ -378,7 +392,7 @@ async def test_semaphores_go_with_the_tree_even_when_their_keeper_is_killed(home
     place = place_in(home)
     code = f"import multiprocessing\nlock = multiprocessing.get_context('spawn').Lock()\n{QUIET}"
     async with started(place, code) as tree:
-        names = await until(lambda: read_record(place.record)[1], "the semaphore on record")
+        names = await until(lambda: read_record(place.record).shm, "the semaphore on record")
         (tracker,) = (
             p.pid for p in guard.descendants(tree.pid) if guard.is_resource_tracker(p.pid)
         )
@@ -556,10 +570,100 @@ async def test_shared_memory_of_a_tree_without_a_guard_is_removed(
     name = f"hivetest_{os.getpid()}"
     place = place_in(home)
     async with started(place, SHARE, SHM_NAME=name) as tree:
-        await until(lambda: read_record(place.record)[1], "the shared memory on record")
+        await until(lambda: read_record(place.record).shm, "the shared memory on record")
         os.kill(tree.guard_pid, signal.SIGKILL)
 
         assert (await tree.gone).removed == (name,)
+
+
+@pytest.mark.parametrize("is_guard_killed", [False, True], ids=["guard", "takeover"])
+@awaited
+async def test_shared_memory_that_was_there_before_stays(
+    home: Path, subreaper: None, is_guard_killed: bool
+) -> None:
+    """Somebody's data set, even if the engine writes into it."""
+    dataset = Path("/dev/shm", f"hivetest_{os.getpid()}")
+    dataset.write_bytes(b"precious")
+    try:
+        async with started(place_in(home), SHARE, SHM_NAME=dataset.name) as tree:
+            if is_guard_killed:
+                os.kill(tree.guard_pid, signal.SIGKILL)
+
+            assert (await tree.end(5)).removed == ()
+            assert dataset.exists()
+    finally:
+        dataset.unlink()
+
+
+@pytest.mark.parametrize("is_guard_killed", [False, True], ids=["guard", "takeover"])
+@awaited
+async def test_another_directory_in_the_homes_place_is_not_removed(
+    home: Path, subreaper: None, is_guard_killed: bool
+) -> None:
+    """Somebody put a link to it in the place of the homes' directory."""
+    place, other = replace(place_in(home), records=home), home / "other"
+    (other / "1").mkdir(parents=True)
+    (other / "1" / "precious").touch()
+    async with started(place, QUIET) as tree:
+        (home / "w").rename(home / "moved")
+        (home / "w").symlink_to(other)
+        if is_guard_killed:
+            os.kill(tree.guard_pid, signal.SIGKILL)
+        await tree.end(5)
+
+        assert (other / "1" / "precious").exists()
+
+
+@awaited
+async def test_a_takeover_looks_in_a_thread(
+    home: Path, subreaper: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A host may have many processes, and every one of them is looked at."""
+    lookers: set[str] = set()
+
+    def watched(*args: Any) -> list[Process]:
+        lookers.add(threading.current_thread().name)
+        return adopted(*args)
+
+    monkeypatch.setattr(process, "adopted", watched)
+    place = place_in(home)
+    async with started(place, ESCAPE) as tree:
+        await members(place, 2)
+        tree._grace_s = 0.1
+        os.kill(tree.guard_pid, signal.SIGKILL)
+        await tree.gone
+
+    assert lookers
+    assert threading.main_thread().name not in lookers
+
+
+def test_looking_takes_a_tenth_of_the_time() -> None:
+    now = time.monotonic()
+
+    assert process.pause_after(now) == process.LOOK_S
+    assert process.pause_after(now - 0.04) == pytest.approx(0.36, abs=0.05)
+    assert process.pause_after(now - 60) == process.LONGEST_PAUSE_S
+
+
+def test_a_tree_that_nobody_can_see_is_not_gone(home: Path) -> None:
+    """No descriptor is free when hive takes it over: what is on record is read later, too."""
+    place = place_in(home)
+    place.home.mkdir()
+    with subprocess.Popen(["sleep", "600"]) as member:
+        one = guard.look_at(member.pid)
+        assert one is not None
+        record = {"mark": place.mark, "members": [[one.pid, one.start]], "shm": {}}
+        place.record.write_text(json.dumps(record))
+        orphans = Orphans(place, None, grace_s=0.0, kill_s=5.0)
+        with blind(), pytest.raises(OSError, match="Too many open files"):
+            orphans.look()
+        assert orphans.gone is None
+        assert member.poll() is None
+        orphans.look()
+        assert member.wait(5) == -signal.SIGKILL
+        orphans.look()
+
+    assert orphans.gone == Gone("kill", 1, ())
 
 
 @awaited

@@ -443,10 +443,14 @@ async def test_a_request_learns_that_its_engine_was_stopped_on_purpose(home: Pat
     async with ready(home, drain_s=0) as stage:
         life = stage.worker.take()
         assert await life.over_within(0) is None
-        with pytest.raises(EngineOver):
+
+        async def request() -> None:
             async with life.until_over():
                 await stage.worker.stop()
                 await asyncio.Event().wait()
+
+        with pytest.raises(EngineOver):
+            await request()
 
         assert life.was_asked
 

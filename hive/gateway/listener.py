@@ -1,0 +1,117 @@
+"""Where clients connect: the socket, the connections on it, and how many there may be."""
+
+import asyncio
+import contextlib
+import errno
+import resource
+import socket
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import cast
+
+from aiohttp import web
+
+from hive.errors import AddressInUse, ConfigInvalid
+from hive.events import Announcer, DaemonMoved
+from hive.settings import Settings
+
+BACKLOG = 1024
+RESERVED = 32  # descriptors kept back for workers, logs and devices, and an eighth of all
+CLOSE_S = 2.0  # for handlers to end after their workers did
+
+
+@asynccontextmanager
+async def listening(
+    app: web.Application,
+    settings: Settings,
+    announcer: Announcer,
+    inherited: socket.socket | None = None,
+    most_connections: int = 1 << 20,
+) -> AsyncIterator[None]:
+    """Accept connections while the block runs, on the inherited socket where there is one.
+
+    Beyond `most_connections` a client is told so and let go: descriptors are kept back for workers.
+
+    Raises AddressInUse, or ConfigInvalid when the host cannot be bound.
+    """
+    runner = web.AppRunner(
+        app,
+        access_log=None,
+        handle_signals=False,
+        handler_cancellation=True,  # a client that leaves cancels its request
+        auto_decompress=False,
+        shutdown_timeout=CLOSE_S,
+        keepalive_timeout=75,
+    )
+    await runner.setup()
+    made = runner.server
+    assert made is not None
+
+    def accept() -> asyncio.BaseProtocol:
+        return TooMany() if len(made.connections) >= most_connections else made()
+
+    server: asyncio.Server | None = None
+    try:
+        sock = inherited or bind(settings)
+        server = await asyncio.get_running_loop().create_server(accept, sock=sock, backlog=BACKLOG)
+        host, port = sock.getsockname()[:2]
+        shown = f"[{host}]" if ":" in host else host
+        announcer.announce(DaemonMoved("listening", f"http://{shown}:{port}"))
+        yield
+    finally:
+        if server is not None:
+            server.close()
+        await runner.cleanup()
+
+
+class TooMany(asyncio.Protocol):
+    """Answers one connection too many, without a request having been read."""
+
+    ANSWER = (
+        b"HTTP/1.1 503 Service Unavailable\r\nRetry-After: 1\r\nretry-after-ms: 1000\r\n"
+        b"X-Hive-Reason: connections_full\r\nConnection: close\r\nContent-Length: 0\r\n\r\n"
+    )
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        answering = cast(asyncio.WriteTransport, transport)  # uvloop's own class is none by name
+        answering.write(self.ANSWER)
+        answering.close()
+
+
+def raise_descriptor_limit() -> int:
+    """Take as many descriptors as hive may have; how many of them clients may use."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with contextlib.suppress(ValueError, OSError):
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+        soft = hard
+    most = soft if soft != resource.RLIM_INFINITY else 1 << 20
+    # A request in flight takes two: its client's and its engine's.
+    return max(1, (most - max(RESERVED, most // 8)) // 2)
+
+
+def bind(settings: Settings) -> socket.socket:
+    """The listening socket of server.host and server.port. Raises AddressInUse, ConfigInvalid."""
+    host, port = settings.server.host, settings.server.port
+    try:
+        infos = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
+    except socket.gaierror as exc:
+        raise ConfigInvalid(
+            f"server.host: {host!r} is no address of this host: {exc.strerror}.",
+            action="Set server.host to an address of this host, such as 127.0.0.1.",
+        ) from exc
+    family, kind, protocol, _, address = infos[0]
+    sock = socket.socket(family, kind, protocol)
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    try:
+        sock.bind(address)
+        sock.listen(BACKLOG)
+    except OSError as exc:
+        sock.close()
+        if exc.errno == errno.EADDRINUSE:
+            raise AddressInUse(f"Port {port} of {host} is in use by another program.") from exc
+        raise ConfigInvalid(
+            f"server.host, server.port: cannot listen on {host}:{port}: {exc.strerror}.",
+            action="Set server.host and server.port to an address that hive may listen on.",
+        ) from exc
+    sock.setblocking(False)
+    return sock
