@@ -10,15 +10,12 @@ TOP = Path(__file__).parents[1]
 # Modules without a twin, each with the reason; one that has got its twin must leave this list.
 NO_TWIN = {
     "daemon": "ties the parts together: every feature runs it",
-    "gateway/admin": "HTTP for operators: features/operating",
     "gateway/app": "the way of every request: features/serving",
-    "gateway/inference": "routing to a worker: features/serving",
     "cli/client": "the way to a daemon: features/operating; its exit codes in tests/cli/test_init",
     "cli/serve": "starts the daemon: every feature; its exit codes in tests/cli/test_init",
     "cli/engine": "its commands run in tests/cli/test_installing",
     "cli/status": "asks a daemon: features/operating",
     "cli/worker": "asks a daemon: features/operating",
-    "workers/client": "asks an engine: tests/workers/test_worker",
     "workers/ports": "a Protocol, nothing that runs",
 }
 # Markers that nothing bears yet.

@@ -730,7 +730,7 @@ def test_sections_can_be_made_without_a_file() -> None:
     ],
 )
 def test_a_nul_is_refused_where_it_stands(problems: Problems, line: str, key: str) -> None:
-    text = MODEL if not line.startswith("command") else MODEL.replace("command", "args")
+    text = MODEL if not line.startswith("command") else MODEL.replace("command =", "args =")
     (problem,) = problems(f"{text}{line}\n")
 
     assert problem.startswith(f"models.small.{key}")

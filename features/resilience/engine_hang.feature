@@ -32,8 +32,8 @@ Feature: The real engine is cancelled, hangs, and is drained
     Scenario: EngineCore is stopped
       Given the real engine is serving
       And one client is reading a long answer, and one waits for a whole answer
-      When EngineCore is stopped, and the first client leaves
-      Then the other client is told WORKER_HUNG within 20 seconds
+      When EngineCore is stopped, and one more client leaves
+      Then the others are told WORKER_HUNG within 20 seconds
       And the worker is ready again by itself
       And no process, socket or shared memory of the old engine remains
 

@@ -50,16 +50,13 @@ def _local() -> list[dict[str, Any]]:
 
     driver = nvml.Driver()
     try:
-        shown: list[dict[str, Any]] = []
-        for name, found in driver.inventory().items():
-            if isinstance(found, HiveError):
-                shown.append({"id": name, "uuid": None, "name": None, "reason": found.message})
-                continue
+        shown = []
+        for device, wrong in driver.inventory():
             try:
-                view = describe(found, driver.read(found.uuid))
+                view = describe(device, None if wrong else driver.read(device.uuid))
             except HiveError as exc:
-                view = {**describe(found, None), "reason": exc.message}
-            shown.append(view)
+                view, wrong = describe(device, None), exc  # noqa: PLW2901 (as if it came with it)
+            shown.append({**view, "reason": wrong.message} if wrong else view)
         return shown
     finally:
         driver.close()

@@ -51,11 +51,12 @@ def serve(config: Path | None, **server: Any) -> int:
     import uvloop
 
     from hive.daemon import serve as run
-    from hive.telemetry.logs import configure
+    from hive.telemetry import logs
 
+    logs.configure()  # first: what is wrong must not wait for whoever reads stderr
     try:
         settings = _load(config, **server)
-        configure(settings.server.log_level)
+        logs.set_level(settings.server.log_level)
         uvloop.run(run(settings))
     except HiveError as exc:
         _fail(exc)

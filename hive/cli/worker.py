@@ -69,11 +69,11 @@ def show(worker_id: str, as_json: bool, **daemon: Any) -> None:
 def logs(worker_id: str, is_followed: bool, lines: int, **daemon: Any) -> None:
     """Print the engine's output, of earlier starts, too."""
 
-    # What an engine wrote is for programs to read as it is, and no commands to a terminal.
-    shown = visible if sys.stdout.isatty() else str
+    is_terminal = sys.stdout.isatty()
 
     def show_text(text: str) -> None:
-        sys.stdout.write(shown(text))
+        # As the engine wrote it for programs, but not for a terminal, which it would steer.
+        sys.stdout.write(visible(text.replace("\r\n", "\n")) if is_terminal else text)
         sys.stdout.flush()
 
     params = {"lines": str(lines)} | ({"follow": "1"} if is_followed else {})

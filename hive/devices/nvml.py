@@ -100,21 +100,29 @@ class Driver:
         self._opening = threading.Lock()
         self._is_open = False
 
-    def inventory(self) -> dict[str, Device | HiveError]:
-        """Every GPU of this host by its id: what it is, or why it does not say.
+    def inventory(self) -> list[tuple[Device, HiveError | None]]:
+        """Every GPU of this host; with the reason where one does not say what it is.
 
         Raises CudaDriverMissing, and CudaDeviceFailed when the driver or all GPUs fail.
         """
         count = self._lane("").ask(self._count, self.call_s)
-        found = {f"cuda:{index}": self._find_or_why(f"cuda:{index}") for index in range(count)}
-        wrong = [said for said in found.values() if isinstance(said, HiveError)]
+        found = [self._find_or_why(Device(index, "", "")) for index in range(count)]
+        wrong = [reason for _, reason in found if reason]
         if wrong and len(wrong) == count:
             raise wrong[-1]
         return found
 
+    def _find_or_why(self, counted: Device) -> tuple[Device, HiveError | None]:
+        try:
+            if device := self.find(counted.id):
+                return device, None
+            return counted, DeviceLost("The driver counts the device, but does not find it.")
+        except HiveError as exc:
+            return counted, exc
+
     def devices(self) -> list[Device]:
         """Those of the inventory that answer. Raises what `inventory` raises."""
-        return [found for found in self.inventory().values() if isinstance(found, Device)]
+        return [device for device, wrong in self.inventory() if not wrong]
 
     def find(self, name: str) -> Device | None:
         """The GPU that is "cuda:N" or "GPU-…"; None when there is none.
@@ -122,12 +130,6 @@ class Driver:
         Raises CudaDriverMissing, and CudaDeviceFailed (DeviceLost) when it is there and fails.
         """
         return self._lane(name).ask(lambda: self._find(name), self.call_s)
-
-    def _find_or_why(self, name: str) -> Device | HiveError:
-        try:
-            return self.find(name) or DeviceLost("The driver counts the device, but has it not.")
-        except HiveError as exc:
-            return exc
 
     def read(self, uuid: str) -> Reading:
         """One GPU. Raises DeviceLost, DriverHung or CudaDeviceFailed."""

@@ -16,6 +16,7 @@ from hive.events import Announcer, DaemonMoved
 from hive.settings import Settings
 
 BACKLOG = 1024
+LINGER_S = 1.0  # for a client that is turned away to stop sending
 RESERVED = 32  # descriptors kept back for workers, logs and devices, and an eighth of all
 CLOSE_S = 2.0  # for handlers to end after their workers did
 
@@ -75,7 +76,10 @@ class TooMany(asyncio.Protocol):
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         answering = cast(asyncio.WriteTransport, transport)  # uvloop's own class is none by name
         answering.write(self.ANSWER)
-        answering.close()
+        # Closed with something unread, the connection would be reset, and the answer lost.
+        if answering.can_write_eof():
+            answering.write_eof()
+        asyncio.get_running_loop().call_later(LINGER_S, answering.abort)
 
 
 def raise_descriptor_limit() -> int:

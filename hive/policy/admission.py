@@ -59,6 +59,7 @@ class Room:
         # |hint - seconds until a place was next free|, for whoever takes them away
         self.hint_errors: list[float] = []
         self._open: set[str] = set()
+        self._tried: set[str] = set()  # that one request was let in to; nobody else is meanwhile
         self._is_shut = False
         self._once: set[str] = set()  # of these one request more is let in, whatever is held
         self._waiting: dict[Priority, OrderedDict[Ticket, None]] = {
@@ -77,35 +78,39 @@ class Room:
         """The worker takes requests from now on; the tickets that go in at once."""
         if self._is_shut:
             return []
+        self._forget(worker)
         self._open.add(worker)
-        self._once.discard(worker)
         return self.grant(now)
 
     def open_once(self, worker: str, now: float) -> list[Ticket]:
         """The worker takes one request, to see whether it serves again; who goes in at once."""
         if self._is_shut:
             return []
+        self._forget(worker)
         self._open.add(worker)
         self._once.add(worker)
         return self.grant(now)
 
-    def close(self, worker: str) -> list[Ticket]:
+    def close(self, worker: str, now: float) -> list[Ticket]:
         """It takes no more; the tickets that wait for nothing now, and have left the room.
 
-        What holds a slot of it goes on until it is released.
+        What holds a slot of it goes on until it is released. Who may be served by a worker that is
+        being tried (`open_once`) waits for what comes of that.
         """
-        self._open.discard(worker)
-        self._once.discard(worker)
-        lost = [t for t in self.waiting if self._may(t, worker) and not self._candidates(t)]
+        was_of_use = worker in self._open | self._tried
+        self._forget(worker)
+        lost = [t for t in self.waiting if was_of_use and self._may(t, worker)]
+        lost = [t for t in lost if not any(self._may(t, w) for w in self._open | self._tried)]
         for ticket in lost:
             del self._waiting[ticket.priority][ticket]
+        self._judge_hints(now)
         return lost
 
     def shut(self) -> list[Ticket]:
         """Nobody goes in any more, for good: every ticket that waited has left the room."""
         self._is_shut = True
-        self._open.clear()
-        self._once.clear()
+        for worker in self.held:
+            self._forget(worker)
         lost = list(self.waiting)
         for places in self._waiting.values():
             places.clear()
@@ -187,6 +192,10 @@ class Room:
 
     # ── inside ──────────────────────────────────────────────────────────────────────────────────
 
+    def _forget(self, worker: str) -> None:
+        for workers in (self._open, self._once, self._tried):
+            workers.discard(worker)
+
     def _free(self, worker: str) -> bool:
         return worker in self._once or len(self.held[worker]) < self.slots
 
@@ -207,8 +216,8 @@ class Room:
         ticket.granted = now
         self.held[ticket.worker].add(ticket)
         if ticket.worker in self._once:
-            self._open.discard(ticket.worker)
-            self._once.discard(ticket.worker)
+            self._forget(ticket.worker)
+            self._tried.add(ticket.worker)
         return True
 
     def _best(self, ticket: Ticket, free: Collection[str]) -> str:

@@ -61,7 +61,7 @@ class Breaker:
         if era != self._era:
             return
         self.count += 1
-        if self.is_probing or self.count >= self.failures:
+        if self.count >= self.failures:  # of a probe, too: nothing has brought it down
             self.state, self.opened_at, self.is_probing = BreakerState.OPEN, now, False
             self._era += 1
 

@@ -7,7 +7,6 @@ logs never waits for whoever reads: a thread writes, and what does not fit is dr
 import contextlib
 import logging
 import os
-import sys
 import threading
 from collections import deque
 from dataclasses import asdict
@@ -171,16 +170,17 @@ class Writer(logging.Handler):
 
 
 def tell(text: str) -> None:
-    """Write lines for people to stderr, in order with the log where there is one."""
-    writers = [one for one in logging.getLogger().handlers if isinstance(one, Writer)]
-    for writer in writers:
-        writer.tell(text)
-    if not writers:
-        sys.stderr.write(text)
-        sys.stderr.flush()
+    """Write lines for people, in order with the log."""
+    for handler in logging.getLogger().handlers:
+        if isinstance(handler, Writer):
+            handler.tell(text)
 
 
-def configure(level: str, fd: int = STDERR) -> Writer:
+def set_level(level: str) -> None:
+    logging.getLogger().setLevel(_LEVELS[level])
+
+
+def configure(level: str = "info", fd: int = STDERR) -> Writer:
     """Send everything, the standard library's logging included, to stderr in one form."""
     shared: list[Processor] = [
         structlog.stdlib.add_log_level,
@@ -209,7 +209,7 @@ def configure(level: str, fd: int = STDERR) -> Writer:
     logging.getLogger("aiohttp.server").addFilter(_bad_http)
     root = logging.getLogger()
     root.handlers = [handler]
-    root.setLevel(_LEVELS[level])
+    set_level(level)
     structlog.configure(
         processors=[*shared, structlog.stdlib.ProcessorFormatter.wrap_for_formatter],
         logger_factory=structlog.stdlib.LoggerFactory(),

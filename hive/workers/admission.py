@@ -204,7 +204,7 @@ class Door:
             self._let_in(self.room.open(worker.id, time.monotonic()))
         else:
             self._stop_cooling(worker)
-            self._turn_away(self.room.close(worker.id))
+            self._turn_away(self.room.close(worker.id, time.monotonic()))
 
     def judge(self, worker: Worker, era: int, *, fault: bool | None) -> None:
         """Note how an attempt ended: a fault, a success (False), or neither (None)."""
@@ -220,7 +220,7 @@ class Door:
         if not self._breaker_moved(worker, old):
             return
         if breaker.state is BreakerState.OPEN:
-            self._turn_away(self.room.close(worker.id))
+            self._turn_away(self.room.close(worker.id, time.monotonic()))
             self._cool(worker, breaker.cooldown_s)
         elif worker.state is State.READY and not self.is_draining:
             self._let_in(self.room.open(worker.id, now))

@@ -200,11 +200,14 @@ class Fleet:
 
     def pids(self) -> set[int]:
         """Every process that hive owns at this moment, guards included."""
-        everything = list(guard.every_process())
+        try:
+            everything = list(guard.every_process())
+        except OSError:  # nobody can look just now; what was seen before still counts
+            everything = []
         found: set[int] = set()
         for worker in self.workers.values():
             if worker.life:
-                found |= worker.life.see_pids(everything)
+                found |= worker.life.pids | worker.life.see_pids(everything)
         return found
 
     # ── requests ────────────────────────────────────────────────────────────────────────────────

@@ -123,7 +123,7 @@ def check_disk(path: Path, need_bytes: int, key: str, proc: Path = PROC) -> Insu
     needs, has = f"{math.ceil(need_bytes / MIB)} MiB", f"{free // MIB} MiB"
     short, option = f"{math.ceil((need_bytes - free) / MIB)} MiB", "size"
     if lacks_files:
-        needs, has, option = f"{FILES} new files", f"inodes for {files}", "nr_inodes"
+        needs, has, option = f"{FILES} new files", f"{files} inodes", "nr_inodes"
         short = f"{FILES - (files or 0)} inodes"
     grow = f", or enlarge it ('mount -o remount,{option}=… {point}')" if kind == "tmpfs" else ""
     return InsufficientDisk(

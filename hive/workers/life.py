@@ -80,7 +80,10 @@ class Life:
         if self.tree is None:
             return set()
         root = self.tree.guard_pid
-        pids = {root} | {process.pid for process in guard.descendants(root, everything)}
+        try:
+            pids = {root} | {process.pid for process in guard.descendants(root, everything)}
+        except OSError:  # nobody can look just now
+            return set(self.pids)
         self.pids |= pids
         return pids
 

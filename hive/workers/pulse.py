@@ -257,7 +257,10 @@ class Pulse:
         if time.monotonic() - self._members_at < MEMBERS_S:
             return
         self._members_at = time.monotonic()
-        members = await asyncio.to_thread(guard.descendants, self._root)
+        try:
+            members = await asyncio.to_thread(guard.descendants, self._root)
+        except OSError:  # nobody can look just now
+            return
         if self._vital:
             members = [p for p in members if p.name.startswith(self._vital)]
         elif self._has_gauges:

@@ -345,26 +345,22 @@ class Worker:
         previous, self._activity = self._activity, None
         if previous:
             previous.cancel()
-        activity = self._doing(new, previous)
-        if activity is not None:
-            guarded = self._unless_it_fails(activity, new)
-            self._activity = tasks.create_task(guarded, name=f"worker:{self.id}:{new}")
+        doing = self._doing(new, previous)
+        self._activity = tasks.create_task(doing, name=f"worker:{self.id}:{new}")
 
-    def _doing(
-        self, state: State, previous: "asyncio.Task[None] | None"
-    ) -> Coroutine[Any, Any, None] | None:
+    async def _doing(self, state: State, previous: "asyncio.Task[None] | None") -> None:
+        """What a state does, if anything; never begun where the state is left at once."""
         match state:
             case State.STARTING:
-                return self._starting()
+                await self._unless_it_fails(self._starting(), state)
             case State.LOADING:
-                return self._loading()
+                await self._unless_it_fails(self._loading(), state)
             case State.DRAINING:
-                return self._draining()
+                await self._unless_it_fails(self._draining(), state)
             case State.STOPPING:
-                return self._stopping(previous)
+                await self._unless_it_fails(self._stopping(previous), state)
             case State.LOST:
-                return self._waiting_for_the_kernel()
-        return None
+                await self._unless_it_fails(self._waiting_for_the_kernel(), state)
 
     def _watch_pulse(self, tasks: asyncio.TaskGroup) -> None:
         life, timeouts, engine = self.life, self.plan.timeouts, self.plan.engine
@@ -454,8 +450,9 @@ class Worker:
             self.error, self._is_fatal = exc, True
             self._report(News.SPAWN_FAILED, life, exc.message)
             return
-        except OSError as exc:
-            self._report(News.SPAWN_FAILED, life, f"could not start: {exc.strerror}")
+        except (OSError, ValueError) as exc:
+            why = exc.strerror if isinstance(exc, OSError) else exc
+            self._report(News.SPAWN_FAILED, life, f"could not start: {why}")
             return
         life.tree.exited.add_done_callback(lambda done: self._exited(life, done.result()))
         self._announcer.announce(

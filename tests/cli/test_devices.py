@@ -94,7 +94,7 @@ def test_a_gpu_that_does_not_say_what_it_is_hides_no_other(gpus: Gpus) -> None:
     assert " ".join(row(done.stdout, "cuda:0")) == "cuda:0 The NVIDIA driver failed: Unknown Error."
     assert "81420" in row(done.stdout, "cuda:1")
     first, second = json.loads(run(gpus, "--json").stdout)["devices"]
-    assert (first["uuid"], second["uuid"]) == (None, "GPU-b")
+    assert (first["uuid"], second["uuid"]) == ("", "GPU-b")
 
 
 def test_without_a_driver_it_fails_and_says_what_to_do(gpus: Gpus) -> None:

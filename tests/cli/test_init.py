@@ -14,6 +14,7 @@ import pytest
 
 from hive import __version__, cli
 from hive.cli import COMMANDS
+from hive.cli.client import address
 from tests.patience import short_directory
 
 HIVE = [sys.executable, "-m", "hive"]
@@ -88,6 +89,14 @@ def test_an_error_is_1_with_its_code_and_what_to_do(args: list[str]) -> None:
         ["explain", "--no-such-option"],
         ["worker", "show"],
         ["worker", "logs", "a", "--lines", "-1"],
+        ["worker", "start", "a", "--wait", "nan"],
+        ["worker", "start", "a", "--wait", "-1"],
+        ["leaks", "--timeout", "0"],
+        ["leaks", "--timeout", "-1"],
+        ["leaks", "--timeout", "inf"],
+        ["leaks", "--timeout", "nan"],
+        ["leaks", "--api-key", "a\nb"],
+        ["leaks", "--api-key", "a\udcff"],
         ["test-connection"],
         ["-x"],
     ],
@@ -178,6 +187,32 @@ def test_the_daemon_is_looked_for_where_the_configuration_says() -> None:
     Path("hive.toml").write_text(f"[server]\nport = {port}\n{CONFIG}")
 
     assert f"http://127.0.0.1:{port}" in run("status").stderr
+
+
+@pytest.mark.parametrize(
+    "text", ["server = 5", "[server]\nhost = [1]\nport = {a = 1}", "[" * 5000, "a = " + "9" * 5000]
+)
+def test_a_configuration_that_is_wrong_hides_no_daemon(text: str) -> None:
+    """Operators look after a hive that runs with what the file said before."""
+    Path("hive.toml").write_text(text)
+
+    assert "127.0.0.1:7411" in address(None) or "a = 1" in text
+
+
+def test_a_configuration_that_is_a_pipe_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    os.mkfifo("pipe.toml")
+    monkeypatch.setenv("HIVE_CONFIG", "pipe.toml")
+
+    assert address(None) == "http://127.0.0.1:7411"
+
+
+@pytest.mark.parametrize("args", [["sweep"], ["check"], ["key", "list"]])
+def test_no_command_waits_for_a_pipe_as_its_configuration(args: list[str]) -> None:
+    os.mkfifo("pipe.toml")
+    done = run(*args, "--config", "pipe.toml")
+
+    assert done.returncode == 1
+    assert "pipe.toml: cannot be read: it is not a regular file." in done.stderr
 
 
 @pytest.mark.parametrize("args", [["explain"], ["explain", "--json"]], ids=["table", "json"])

@@ -250,6 +250,29 @@ def test_another_users_directories_are_not_swept(left: Left, capsys: Capture) ->
     assert journal.file_of(left.state / "ledger", note.mark).exists()
 
 
+@pytest.mark.parametrize("place", ["state", "runtime"])
+def test_a_directory_that_cannot_be_used_is_told_with_its_key(
+    left: Left, capsys: Capture, place: str
+) -> None:
+    left.start()
+    path: Path = getattr(left, place)
+    (path / "hive.lock").symlink_to(left.config)
+    before = left.config.read_text()
+
+    assert cli.run(["sweep", *left.args]) == 1
+    assert f"server.{place}_dir: {path} cannot be used: hive.lock in it is a link" in (
+        capsys.readouterr().err
+    )
+    assert left.config.read_text() == before
+
+
+def test_a_file_is_no_directory_to_sweep(left: Left, capsys: Capture) -> None:
+    left.state.touch()
+
+    assert cli.run(["sweep", *left.args]) == 1
+    assert "cannot be used: Not a directory" in capsys.readouterr().err
+
+
 def test_a_configuration_that_is_wrong_is_told(left: Left, capsys: Capture) -> None:
     left.config.write_text("[server]\nprot = 1\n" + CONFIG)
 

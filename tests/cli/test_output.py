@@ -69,3 +69,22 @@ def test_json_is_printed_whole_whatever_it_holds(capsys: Capture) -> None:
     output.print_json({"path": output, "text": "é\n"})
 
     assert json.loads(capsys.readouterr().out)["text"] == "é\n"
+
+
+CLEAR = "\x1b[2J\x1b]0;PWN\x07"
+SHOWN = r"\x1b[2J\x1b]0;PWN\x07"
+
+
+def test_what_engines_said_steers_no_terminal(capsys: Capture) -> None:
+    """In a table, in a line and in an error."""
+    output.print_table(("reason",), [(CLEAR,)])
+    output.say(f"m-0: FAILED ({CLEAR})")
+    output.say(CLEAR, err=True)
+    error = ConfigInvalid(CLEAR, action=f"Correct {CLEAR}", problems=[CLEAR])
+    output.show_error(error, as_json=True)
+    out, err = capsys.readouterr()
+
+    assert "\x1b" not in out + err
+    assert out.count(SHOWN) == 2
+    assert err.count(SHOWN) == 4
+    assert json.loads(out[out.index("{") :])["error"]["message"] == CLEAR

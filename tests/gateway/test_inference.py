@@ -2,16 +2,14 @@
 
 import asyncio
 import json
-from collections.abc import Callable
 
 import pytest
 from aiohttp import web
 
-from hive.errors import InferenceTimeout
 from hive.events import RequestAborted, RequestAdmitted, RequestExpired, RequestRefused
 from hive.gateway.traffic import Traffic
 from hive.policy.admission import Ticket
-from tests.gateway.serving import CHAT, Serving, bearer, key, serving, well
+from tests.gateway.serving import CHAT, Serving, bearer, key, serving
 from tests.patience import awaited, until
 
 SHORT_S = 0.05
@@ -88,14 +86,12 @@ async def test_a_slow_body_is_not_the_queues_fault() -> None:
         async def slowly() -> object:
             body = json.dumps(CHAT).encode()
             yield body[:5]
-            began = asyncio.get_running_loop().time()
-            while asyncio.get_running_loop().time() - began < 3 * SHORT_S:
-                await asyncio.sleep(SHORT_S)
+            await asyncio.sleep(3 * SHORT_S)
             yield body[5:]
 
         async with it.session.post("/v1/chat/completions", data=slowly()) as answer:
             assert answer.status == 200
-        assert it.heard(RequestExpired) == it.heard(RequestRefused) == []
+        assert [*it.heard(RequestExpired), *it.heard(RequestRefused)] == []
         assert it.heard(RequestAdmitted)[0].queue_s < SHORT_S
 
 

@@ -20,7 +20,7 @@ from hive.errors import AddressInUse, ConfigInvalid, HiveError
 from hive.events import Announcer, DaemonMoved, Event
 from hive.gateway.listener import RESERVED, bind, listening, raise_descriptor_limit
 from hive.settings import Settings
-from tests.patience import awaited
+from tests.patience import awaited, until
 
 uvloop.run(asyncio.sleep(0))  # its first loop opens a pipe of libuv's own, for good
 
@@ -31,7 +31,9 @@ def settings(port: int = 0, host: str = "127.0.0.1") -> Settings:
     model = {"engine": "command", "device": "cpu", "command": ["x{socket}"]}
     key = {"name": "k", "sha256": "0" * 64}
     server = {"host": host, "port": port}
-    return Settings.model_validate({"server": server, "models": {"m": model}, "auth": {"keys": [key]}})
+    return Settings.model_validate(
+        {"server": server, "models": {"m": model}, "auth": {"keys": [key]}}
+    )
 
 
 class Listening:
@@ -131,8 +133,7 @@ async def test_a_client_that_leaves_cancels_its_request() -> None:
         writer.write(REQUEST.replace(b" / ", b" /never "))
         await it.asked.wait()
         writer.transport.abort()
-        while not it.ended:
-            await asyncio.sleep(0)
+        await until(lambda: it.ended, "the end of its handler")
 
 
 @awaited
@@ -232,9 +233,9 @@ async def limit_is_kept() -> None:
         while True:
             reader, writer = await it.connects()
             writer.write(REQUEST)
-            status = await reader.readline()
+            first = await reader.readline()
             writer.close()
-            if b" 200 " in status:
+            if b" 200 " in first:
                 break
         held[0][1].close()
 

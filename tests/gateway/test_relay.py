@@ -9,11 +9,14 @@ from pathlib import Path
 
 import aiohttp
 import pytest
+from aiohttp import web
 
+from hive.events import RequestAborted, RequestExpired
 from hive.gateway.relay import begun_mark
 from steps.driver import Double, Hive, chat_body
 from steps.waiting import must
-from tests.patience import awaited
+from tests.gateway.serving import Engine, serving
+from tests.patience import awaited, until
 
 CHAT = "/v1/chat/completions"
 STREAMS = 200
@@ -289,3 +292,126 @@ def test_the_engine_gets_the_body_byte_for_byte(served: Hive) -> None:
 )
 def test_an_error_cut_by_the_pieces_end_is_held_until_it_is_whole(piece: bytes, held: int) -> None:
     assert begun_mark(piece) == held
+
+
+# ── what an attempt says of its worker ──────────────────────────────────────────────────────────
+
+
+def answers(status: int) -> Engine:
+    async def engine(_request: web.Request) -> web.Response:
+        return web.Response(status=status, text="x")
+
+    return engine
+
+
+async def breaks_off(request: web.Request) -> web.StreamResponse:
+    response = web.StreamResponse(headers={"Content-Type": "text/event-stream"})
+    await response.prepare(request)
+    await response.write(b"data: {}\n\n")
+    assert request.transport
+    request.transport.close()
+    return response
+
+
+def breaker(failures: int) -> dict[str, object]:
+    return {"failures": failures, "cooldown_s": 60}
+
+
+@pytest.mark.parametrize("status", [500, 502, 504])
+@awaited
+async def test_an_engines_failure_is_a_fault(status: int) -> None:
+    """(R006, C5)"""
+    async with serving(answers(status), breaker=breaker(2)) as it:
+        for _ in range(2):
+            answer, _ = await it.chat()
+            assert answer.status == status
+        assert it.breaker == "open"
+        answer, told = await it.chat()
+
+        assert (answer.status, told["error"]["code"]) == (503, "CIRCUIT_BREAKER_OPEN")
+
+
+@pytest.mark.parametrize("status", [400, 404, 422, 429, 503])
+@awaited
+async def test_a_refusal_of_the_engine_says_nothing_of_it(status: int) -> None:
+    """The caller's fault, or back-pressure (C5, C12)."""
+    async with serving(answers(status), breaker=breaker(1)) as it:
+        it.door.breakers["m-0"].count = 1
+        assert (await it.chat())[0].status == status
+
+        assert (it.breaker, it.door.breakers["m-0"].count) == ("closed", 1)
+
+
+@awaited
+async def test_an_answer_is_a_success() -> None:
+    async with serving(breaker=breaker(2)) as it:
+        it.door.breakers["m-0"].count = 1
+        assert (await it.chat())[0].status == 200
+
+        assert it.door.breakers["m-0"].count == 0
+
+
+@awaited
+async def test_where_nobody_listens_it_is_a_fault_and_is_looked_into() -> None:
+    """(R006, C5)"""
+    async with serving(None, breaker=breaker(1)) as it:
+        answer, told = await it.chat(X_Hive_Timeout="0.5")  # too little for a second attempt
+
+        assert (answer.status, told["error"]["code"]) == (503, "RETRY_BACKOFF")
+        assert it.breaker == "open"
+        assert it.pulse._is_refused
+        assert it.pulse.open_weight == it.door.in_flight == 0
+        assert it.heard(RequestAborted) == []
+
+
+@awaited
+async def test_a_connection_that_takes_too_long_is_counted_and_is_a_fault() -> None:
+    """It is one of a request's limits (R047)."""
+    limits = {"connect_s": 1e-6}
+    async with serving(timeouts=limits, breaker=breaker(1)) as it:
+        answer, told = await it.chat(X_Hive_Timeout="0.5")
+
+        assert (answer.status, told["error"]["code"]) == (503, "RETRY_BACKOFF")
+        assert "did not accept the connection within 1e-06 s" in told["error"]["message"]
+        assert it.metric("hive_timeouts_total", model="m", phase="connect") == 1
+        assert [event.phase for event in it.heard(RequestExpired)] == ["connect"]
+        assert it.breaker == "open"
+        assert it.pulse.open_weight == it.door.in_flight == 0
+
+
+@awaited
+async def test_an_answer_that_the_engine_breaks_off_is_a_fault_and_no_cancellation() -> None:
+    """Its slot is free when the engine has ended it, too."""
+    async with serving(breaks_off, breaker=breaker(1)) as it:
+        answer, _ = await it.chat()
+
+        assert answer.status == 200
+        assert it.breaker == "open"
+        assert (it.pulse.aborted_weight, it.door.in_flight) == (1, 1)
+        it.pulse.confirm()
+        assert it.door.in_flight == 0
+        assert it.heard(RequestAborted) == []
+        assert it.metric("hive_cancellations_total", model="m", confirmed="yes") == 0
+
+
+@awaited
+async def test_a_client_that_leaves_is_a_cancellation_and_says_nothing_of_the_worker() -> None:
+    asked = asyncio.Event()
+
+    async def engine(_request: web.Request) -> web.Response:
+        asked.set()
+        await asyncio.Event().wait()
+        raise AssertionError
+
+    async with serving(engine, breaker=breaker(1)) as it, asyncio.TaskGroup() as tasks:
+        it.door.breakers["m-0"].count = 1
+        asking = tasks.create_task(it.chat())
+        await asked.wait()
+        asking.cancel()
+        await until(lambda: it.pulse.aborted_weight, "the abort")
+        assert it.door.in_flight == 1
+        it.pulse.confirm()
+
+        assert it.door.in_flight == 0
+        assert it.door.breakers["m-0"].count == 1
+        assert it.metric("hive_cancellations_total", model="m", confirmed="yes") == 1

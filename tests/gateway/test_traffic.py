@@ -1,6 +1,8 @@
 """The requests in flight: unique ids, and one announced end each, whatever happens."""
 
+import asyncio
 import re
+import time
 
 import pytest
 from aiohttp.test_utils import make_mocked_request
@@ -8,9 +10,13 @@ from aiohttp.web import Request
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hive.errors import Conflict
+from hive.errors import Conflict, NotFound, RequestCancelled
 from hive.events import Announcer, Event, RequestEnded
-from hive.gateway.traffic import ABORTED, Traffic
+from hive.gateway.clock import Clock
+from hive.gateway.traffic import ABORTED, REMEMBERED, REMEMBERED_S, Traffic
+from hive.policy.deadlines import Deadline
+from tests.gateway.test_clock import LONG, Expired
+from tests.patience import awaited
 
 
 class Heard:
@@ -141,3 +147,130 @@ def test_a_caller_sees_its_own_requests() -> None:
         assert [view["request_id"] for view in heard.traffic.views("ci")] == ["a"]
         assert [view["request_id"] for view in heard.traffic.views()] == ["a", "b"]
         assert repr(heard.traffic) == "<Traffic 2 in flight>"
+
+
+# ── Cancelling ──────────────────────────────────────────────────────────────────────────────────
+
+
+def ended(heard: Heard, request_id: str, key: str | None, seconds_ago: float = 0) -> None:
+    """A request for a model that was in flight, and ended so long ago."""
+    with heard.traffic.passage(request(request_id)) as passage:
+        passage.key, passage.clock = key, clock()
+    at, owner = heard.traffic._ended[request_id]
+    heard.traffic._ended[request_id] = at - seconds_ago, owner
+
+
+def clock() -> Clock:
+    return Clock(Deadline(LONG, time.monotonic()), Expired)
+
+
+def cancelled(heard: Heard, request_id: str, key: str | None, *, may_all: bool = False) -> bool:
+    try:
+        heard.traffic.cancel(request_id, key, may_all=may_all)
+    except NotFound:
+        return False
+    return True
+
+
+@pytest.mark.parametrize(
+    ("key", "may_all", "may"),
+    [("ci", False, True), ("web", False, False), (None, False, False), ("web", True, True)],
+    ids=["its own", "another's", "nobody's", "an admin's"],
+)
+def test_a_key_may_cancel_its_own_requests_and_an_admin_all(
+    key: str | None, may_all: bool, may: bool
+) -> None:
+    """Whoever may not, cannot even find out that there is one."""
+    heard = Heard()
+    with heard.traffic.passage(request("a")) as passage:
+        passage.key, passage.clock = "ci", clock()
+        assert cancelled(heard, "a", key, may_all=may_all) == may
+        assert isinstance(passage.cause, RequestCancelled) == may
+        assert isinstance(passage.clock._cause, RequestCancelled) == may
+    assert cancelled(heard, "a", key, may_all=may_all) == may
+
+
+def test_without_keys_everybody_may_cancel_what_nobody_owns() -> None:
+    heard = Heard()
+    with heard.traffic.passage(request("a")) as passage:
+        assert cancelled(heard, "a", None, may_all=True)
+        assert passage.cause
+
+
+def test_what_is_not_known_is_not_found() -> None:
+    for may_all in (True, False):
+        assert not cancelled(Heard(), "a", "ci", may_all=may_all)
+
+
+@awaited
+async def test_what_is_cancelled_ends_with_the_cause() -> None:
+    heard = Heard()
+    with heard.traffic.passage(request("a")) as passage:
+        passage.clock = clock()
+        asyncio.get_running_loop().call_soon(passage.cancel)
+        with pytest.raises(RequestCancelled):
+            async with passage.clock.running():
+                await asyncio.Event().wait()
+
+
+def test_before_it_has_a_clock_a_cancel_is_kept_for_it() -> None:
+    """While its body is being received."""
+    heard = Heard()
+    with heard.traffic.passage(request("a")) as passage:
+        assert passage.clock is None
+        assert cancelled(heard, "a", None)
+        assert isinstance(passage.cause, RequestCancelled)
+
+
+@pytest.mark.parametrize(("seconds_ago", "is_known"), [(0, True), (590, True), (601, False)])
+def test_one_that_ended_is_known_for_ten_minutes(seconds_ago: float, is_known: bool) -> None:
+    heard = Heard()
+    ended(heard, "a", "ci", seconds_ago)
+
+    assert cancelled(heard, "a", "ci") == is_known
+    assert cancelled(heard, "a", "web", may_all=True) == is_known
+    assert not cancelled(heard, "a", "web")
+
+
+def test_what_ended_too_long_ago_is_forgotten_when_another_one_ends() -> None:
+    heard = Heard()
+    ended(heard, "a", "ci", REMEMBERED_S + 2)
+    ended(heard, "b", "ci", REMEMBERED_S + 1)
+    ended(heard, "c", "ci", 1)
+    ended(heard, "d", "ci")
+
+    assert list(heard.traffic._ended) == ["c", "d"]
+
+
+def test_of_too_many_the_oldest_are_forgotten() -> None:
+    heard = Heard()
+    ended(heard, "a", "ci")
+    now = time.monotonic()
+    for number in range(REMEMBERED - 1):
+        heard.traffic._ended[str(number)] = now, None
+    assert cancelled(heard, "a", "ci")
+    ended(heard, "b", "ci")
+
+    assert len(heard.traffic._ended) == REMEMBERED
+    assert not cancelled(heard, "a", "ci")
+    assert cancelled(heard, "b", "ci")
+
+
+def test_an_id_that_is_used_again_is_known_from_its_last_end_on() -> None:
+    heard = Heard()
+    ended(heard, "a", "ci", REMEMBERED_S - 1)
+    ended(heard, "b", "ci", REMEMBERED_S - 2)
+    ended(heard, "a", "web")
+
+    assert list(heard.traffic._ended) == ["b", "a"]
+    assert cancelled(heard, "a", "web")
+    assert not cancelled(heard, "a", "ci")
+
+
+def test_operators_own_requests_are_not_remembered() -> None:
+    """They have no model, and nothing to cancel."""
+    heard = Heard()
+    with heard.traffic.passage(request("a")):
+        pass
+
+    assert not cancelled(heard, "a", None, may_all=True)

@@ -222,14 +222,15 @@ class RoomMachine(RuleBasedStateMachine):
     def closes(self, worker: str) -> None:
         """Who could go nowhere else is turned out; who waits for another worker's probe stays.
 
-        Not judged here: who could go to either.
+        Not judged here: who came although nobody could ever serve it (a door asks `can_serve`).
         """
         table = self.table
         table.closes(worker)
         stuck = [t for t in table.order() if not table.who_may_serve(t)]
         lost = [t for t in stuck if table.of_use(t, {worker})]
-        told = self.room.close(worker)
-        assert told == [t for t in lost if t in told or not table.of_use(t, table.tried)]
+        told = self.room.close(worker, self.now)
+        assert told == [t for t in lost if t in told or not table.of_use(t, table.tried)][: len(told)]
+        assert not any(table.of_use(t, table.tried) for t in told)
         self.were_turned_out(told)
 
     @precondition(lambda self: self.ends and self.table.queue)
@@ -401,7 +402,7 @@ def test_a_worker_that_ends_takes_its_places_along() -> None:
     held(room, 2)
     waiting(room, Ticket(), Ticket())
 
-    assert room.close("b") == []
+    assert room.close("b", 0) == []
     assert room.waiting_count == 2
     refused(room)
 
@@ -494,8 +495,8 @@ def test_who_loses_its_last_worker_is_told_once_and_the_others_wait_on() -> None
     pinned, avoiding, free = Ticket(pinned="a"), Ticket(avoid=frozenset("b")), Ticket()
     waiting(room, pinned, free, avoiding)
 
-    assert room.close("a") == [pinned, avoiding]
-    assert room.close("a") == []
+    assert room.close("a", 0) == [pinned, avoiding]
+    assert room.close("a", 0) == []
     assert list(room.waiting) == [free]
     assert room.shut() == [free]
     assert room.shut() == []
@@ -514,9 +515,9 @@ def test_who_waits_for_a_workers_probe_is_not_turned_out_by_anothers_end(
     waiting(room, first, second)
     assert room.open_once("a", 0.0) == [first]
 
-    assert room.close("b") == []
+    assert room.close("b", 0) == []
     assert list(room.waiting) == [second]
-    assert room.close("a") == [second]
+    assert room.close("a", 0) == [second]
 
 
 def test_a_room_that_is_shut_stays_shut() -> None:
@@ -538,7 +539,7 @@ def test_what_a_closed_worker_still_serves_goes_on_and_nothing_follows_it() -> N
     room = a_room(workers="ab")
     on_a, _ = held(room, 2)
     waiting(room, Ticket())
-    room.close("a")
+    room.close("a", 0)
 
     assert room.in_flight("a") == 1
     assert room.release(on_a, 1.0) == []
@@ -563,7 +564,7 @@ def test_it_takes_that_one_though_all_of_its_slots_are_held() -> None:
     """Else requests that hang would keep a worker from being tried."""
     room = a_room(slots=2)
     first, second = held(room, 2)
-    room.close("a")
+    room.close("a", 0)
 
     assert room.open_once("a", 0.0) == []
     assert room.arrive(Ticket(), 0.0, 0.0)
@@ -583,7 +584,7 @@ def test_of_those_who_wait_one_goes_in_and_the_others_share_its_fate() -> None:
         waiting(room, first, second)
         assert room.open_once("a", 0.0) == [first]
         assert list(room.waiting) == [second]
-        assert (end(room, "a", 1.0) if end else room.close("a")) == [second]
+        assert (end(room, "a", 1.0) if end else room.close("a", 0)) == [second]
         assert second.worker == ("a" if end else None)
 
 
@@ -722,7 +723,7 @@ def test_no_hint_is_judged_while_more_wait_than_may() -> None:
     first, second = Ticket(), Ticket()
     waiting(room, first, second)
     refused(room)
-    room.close("b")
+    room.close("b", 0)
 
     assert room.release(on_a, 10.0) == [first]
     assert room.hint_errors == []
@@ -736,7 +737,7 @@ def test_no_hint_is_judged_while_nobody_is_let_in() -> None:
     room = a_room(depth=0)
     [inside] = held(room, 1)
     refused(room)
-    room.close("a")
+    room.close("a", 0)
 
     assert room.release(inside, 10.0) == room.grant(12.0) == []
     assert room.hint_errors == []
@@ -760,7 +761,7 @@ def happens(room: Room, table: Table, what: str, pick: int, now: float) -> bool:
         assert opens(worker, now) == table.let_in(now)
     elif what == "closes" and not any(ticket.pinned for ticket in table.queue):
         table.closes(worker)
-        for ticket in room.close(worker):
+        for ticket in room.close(worker, now):
             table.queue.remove(ticket)
     else:
         return False
@@ -845,7 +846,7 @@ def test_the_end_of_a_worker_moves_its_sessions_alone_and_its_return_brings_them
     ended = workers[pick % len(workers)]
     before = {session: where(room, session) for session in sessions}
 
-    room.close(ended)
+    room.close(ended, 0.0)
     for session in sessions:
         assert where(room, session) != ended
         assert before[session] in {ended, where(room, session)}
@@ -860,7 +861,7 @@ def test_sessions_spread_evenly_and_so_do_those_of_a_worker_that_ended() -> None
     before = {session: where(room, session) for session in sessions}
     assert all(900 < count < 1100 for count in Counter(before.values()).values())
 
-    room.close("d")
+    room.close("d", 0)
     moved = Counter(where(room, session) for session in sessions if before[session] == "d")
 
     assert sum(moved.values()) > 900

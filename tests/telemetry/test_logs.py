@@ -1,9 +1,12 @@
 """The log: one JSON object a line, at the level that the fact deserves, without secrets."""
 
+import contextlib
 import json
 import logging
 import os
 import tempfile
+import threading
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
@@ -215,3 +218,143 @@ def test_what_is_below_the_configured_level_is_not_written(lines: Lines) -> None
     logs.write(WorkerMoved("m-0", "m", "STOPPING", "FAILED", "gave up"))
 
     assert [line["reason"] for line in lines()] == ["gave up"]
+
+
+# ── Nobody who logs waits ───────────────────────────────────────────────────────────────────────
+
+
+@pytest.fixture
+def unread() -> Iterator[tuple[int, logs.Writer]]:
+    """A pipe that nobody reads yet, full, and the log that goes into it."""
+    reader, fd = os.pipe()
+    os.set_blocking(fd, False)
+    with contextlib.suppress(BlockingIOError):
+        while True:
+            os.write(fd, b"." * 4096)
+    os.set_blocking(fd, True)
+    root = logging.getLogger()
+    level = root.level
+    writer = logs.configure("info", fd)
+    try:
+        yield reader, writer
+    finally:
+        root.handlers = []
+        root.setLevel(level)
+        structlog.reset_defaults()
+        os.close(reader)
+        writer.close()
+        writer.flush()
+        os.close(fd)
+
+
+def read_all(reader: int, writer: logs.Writer) -> list[str]:
+    """What is in the pipe once everything was written, without what had filled it."""
+    text = b""
+    os.set_blocking(reader, False)
+    flushing = threading.Thread(target=writer.flush)
+    flushing.start()
+    while flushing.is_alive():
+        with contextlib.suppress(BlockingIOError):
+            text += os.read(reader, 2**20)
+    with contextlib.suppress(BlockingIOError):
+        text += os.read(reader, 2**20)
+    return text.decode().lstrip(".").splitlines()
+
+
+def test_what_nobody_reads_is_dropped_and_counted_and_the_order_is_kept(
+    unread: tuple[int, logs.Writer], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(logs, "HELD_CHARS", 100_000)
+    log, began = logging.getLogger("x"), time.monotonic()
+    for number in range(5000):
+        log.warning("line %d", number)
+    assert time.monotonic() - began < 10
+    lines = [json.loads(line)["event"] for line in read_all(*unread)]
+    log.warning("after")
+    lines += [json.loads(line)["event"] for line in read_all(*unread)]
+    kept = len(lines) - 2
+
+    assert 500 < kept < 5000
+    assert lines[:kept] == [f"line {number}" for number in range(kept)]
+    assert lines[kept] == f"{5000 - kept} log lines were dropped: nobody read them in time"
+    assert lines[-1] == "after"
+
+
+def test_what_is_told_last_comes_out_whatever_was_dropped(
+    unread: tuple[int, logs.Writer], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(logs, "HELD_CHARS", 1000)
+    for number in range(100):
+        logging.getLogger("x").warning("line %d", number)
+    logs.tell("the last words\n")
+    lines = read_all(*unread)
+
+    assert "log lines were dropped" in lines[-2]
+    assert lines[-1] == "the last words"
+
+
+def test_the_end_does_not_wait_long_for_whoever_does_not_read(
+    unread: tuple[int, logs.Writer], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(logs, "FLUSH_S", 0.2)
+    logging.getLogger("x").warning("a line")
+    began = time.monotonic()
+    unread[1].flush()
+
+    assert 0.1 < time.monotonic() - began < 5
+
+
+def test_a_line_is_made_where_it_is_logged(lines: Lines) -> None:
+    """What it names may have changed by the time that it is written."""
+    facts = ["first"]
+    logging.getLogger("x").warning("now %s", facts)
+    facts.append("second")
+
+    assert lines()[0]["event"] == "now ['first']"
+
+
+def test_a_log_that_cannot_be_written_harms_nobody() -> None:
+    reader, fd = os.pipe()
+    os.close(reader)
+    writer = logs.Writer(fd)
+    writer.emit(logging.LogRecord("x", logging.INFO, "", 0, "lost", (), None))
+    writer.flush()
+    assert repr(writer) == "<Writer 0 lines held, 0 dropped>"
+    writer.close()
+    os.close(fd)
+
+
+def test_on_a_terminal_nothing_steers_it_and_no_secret_is_shown() -> None:
+    reader, fd = os.openpty()
+    root = logging.getLogger()
+    level = root.level
+    writer = logs.configure("info", fd)
+    try:
+        structlog.get_logger("x").warning("said", words="\x1b[2Jred", key=KEY)
+        secret = KEY  # a local variable of a frame that is shown
+        root.error("failed", exc_info=_raised(f"cannot use {secret}"))
+        root.error("failed", exc_info=ValueError("\x1b]0;PWN\x07"))
+        writer.flush()
+        shown = os.read(reader, 65536).decode()
+    finally:
+        root.handlers = []
+        root.setLevel(level)
+        structlog.reset_defaults()
+        writer.close()
+        os.close(fd)
+        os.close(reader)
+
+    assert r"\x1b[2Jred" in shown
+    assert r"\x1b]0;PWN\x07" in shown
+    assert "Traceback" in shown
+    assert KEY not in shown
+    assert "\x1b[2J" not in shown
+    assert "\x1b]" not in shown
+
+
+def _raised(text: str) -> Exception:
+    try:
+        int(text)
+    except ValueError as exc:
+        return exc
+    raise AssertionError

@@ -25,7 +25,9 @@ from hive.events import (
     WorkerReady,
     WorkerRestartPlanned,
     WorkerStarted,
+    XidSeen,
 )
+from hive.policy.deadlines import Phase
 from hive.policy.lifecycle import State
 from hive.telemetry.metrics import LAG_S, Metrics
 from tests.patience import awaited, until
@@ -179,8 +181,8 @@ def test_how_far_off_a_hint_was_is_measured() -> None:
     assert value(metrics, "hive_retry_after_error_seconds_sum", model="m") == 2.0
 
 
-@pytest.mark.parametrize("phase", ["queue", "first_token", "inference", "stall", "total"])
-def test_a_limit_that_passed_is_counted_by_its_phase(phase: str) -> None:
+@pytest.mark.parametrize("phase", Phase)
+def test_a_limit_that_passed_is_counted_by_its_phase(phase: Phase) -> None:
     metrics = Metrics(WORKERS)
     metrics.hear(RequestExpired("r1", "m", phase))
 
@@ -214,11 +216,11 @@ def test_retries_are_counted_one_by_one_and_by_how_they_ended() -> None:
     metrics = Metrics(WORKERS)
     metrics.hear(RETRIED)
     metrics.hear(replace(RETRIED, attempt=3))
-    for outcome in ("success", "exhausted", "deadline"):
+    for outcome in ("success", "exhausted", "deadline", "failed"):
         metrics.hear(RetriesEnded("network", outcome))
 
     assert value(metrics, "hive_retries_total", operation="network", outcome="retry") == 2
-    for outcome in ("success", "exhausted", "deadline"):
+    for outcome in ("success", "exhausted", "deadline", "failed"):
         assert value(metrics, "hive_retries_total", operation="network", outcome=outcome) == 1
 
 
@@ -263,6 +265,14 @@ def test_a_workers_life_is_counted() -> None:
     assert value(metrics, "hive_worker_load_seconds_sum", model="m") == 12.0
     assert value(metrics, "hive_worker_exits_total", worker="m-0", cause="signal") == 1
     assert value(metrics, "hive_stop_seconds_sum", worker="m-0", how="kill") == 5.5
+
+
+def test_xids_that_are_told_together_are_counted_one_by_one() -> None:
+    metrics = Metrics(WORKERS, ("cuda:0",))
+    for _ in range(2):
+        metrics.hear(XidSeen("cuda:0", 31, "application", "", after_own_kill=False, count=700))
+
+    assert value(metrics, "hive_xid_total", device="cuda:0", xid="31") == 1400
 
 
 def test_other_facts_change_nothing() -> None:

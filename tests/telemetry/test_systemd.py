@@ -225,10 +225,16 @@ def test_an_address_of_another_kind_is_logged(caplog: pytest.LogCaptureFixture) 
         ({"WATCHDOG_USEC": "30000000", "WATCHDOG_PID": "1"}, None),
         ({"WATCHDOG_USEC": "0"}, None),
         ({"WATCHDOG_USEC": "soon"}, None),
+        ({"WATCHDOG_USEC": "9" * 400}, None),
+        ({"WATCHDOG_USEC": "9" * 5000}, None),
+        ({"WATCHDOG_USEC": "1"}, 0.01),
         ({"WATCHDOG_PID": ME}, None),
         ({}, None),
     ],
-    ids=["mine", "no pid", "another's", "off", "no number", "no limit", "nothing"],
+    ids=[
+        *("mine", "no pid", "another's", "off", "no number", "too long", "much too long"),
+        *("too often", "no limit", "nothing"),
+    ],
 )
 def test_the_watchdog_is_fed_in_half_its_time(env: dict[str, str], every_s: float | None) -> None:
     assert Watchdog(dict(env), Notifier({})).every_s == every_s
@@ -412,6 +418,13 @@ def test_two_sockets_are_refused() -> None:
         inherit(listener.fileno(), count=2, names="front.socket:front.socket")
 
     assert "ListenStream=" in caught.value.suggested_action
+
+
+@pytest.mark.parametrize("count", ["1000000000", "9" * 5000])
+def test_more_sockets_than_there_can_be_are_refused_at_once(count: str) -> None:
+    env = {"LISTEN_FDS": count, "LISTEN_PID": ME}
+    with pytest.raises(ConfigInvalid, match=r"passes \d{10,18} sockets; hive serves on one"):
+        inherited_socket(env, settings())
 
 
 def unix_stream() -> socket.socket:

@@ -799,8 +799,7 @@ def test_the_pause_is_over_when_its_timer_rings_even_a_little_early() -> None:
                 permit = await it.door.admit(Ticket())
                 permit.judge(fault=True)
                 permit.finished()
-                while not it.door.room.open_workers:
-                    await asyncio.sleep(0)
+                await until(lambda: it.door.room.open_workers, "the pause to be over")
                 probe = await it.door.admit(Ticket())
                 probe.judge(fault=False)
                 probe.finished()

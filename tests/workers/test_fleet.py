@@ -2,6 +2,7 @@
 
 from collections.abc import AsyncIterator, Iterator
 from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -269,3 +270,39 @@ async def test_whoever_leaves_a_running_fleet_leaves_no_engine_behind(home: Path
 
     assert fleet.worker("m-0").state is State.STOPPED
     assert list((home / "r" / "w").iterdir()) == []
+
+
+@awaited
+async def test_what_nobody_foresaw_in_one_worker_does_not_end_the_others(home: Path) -> None:
+    """(R154)"""
+
+    def fails(_devices: object) -> None:
+        raise ZeroDivisionError
+
+    fleet = fleet_of(home, {"bad": CPU, "good": CPU})
+    bad, good = fleet.worker("bad-0"), fleet.worker("good-0")
+    bad.plan = replace(bad.plan, preflight=fails)
+    async with fleet.running():
+        await fleet.start()
+        await bad.wait_for(State.FAILED)
+        await good.wait_for(State.READY)
+        assert bad.error
+        assert bad.error.code == "INTERNAL_ERROR"
+        assert (await refused(fleet, "bad")).details["reason"] == "worker_failed"
+        (await admitted(fleet, "good")).finished()
+
+
+@awaited
+async def test_a_fleet_that_stops_starts_none_of_its_workers(home: Path) -> None:
+    """Whoever asks, and whatever the worker does."""
+    fleet = fleet_of(home, {"m": {**TWICE, "replicas": ["cpu"] * 3}})
+    async with in_states(fleet, State.STOPPED, State.FAILED, State.QUARANTINED) as workers:
+        fleet.refuse()
+        for worker in workers:
+            ask = worker.released if worker.state is State.QUARANTINED else worker.start
+            with pytest.raises(HiveError) as caught:
+                await ask()
+            assert (caught.value.status, caught.value.details["reason"]) == (503, "draining")
+        with pytest.raises(HiveError) as caught:
+            await fleet.release_worker(workers[2])
+        assert caught.value.details["reason"] == "draining"

@@ -583,7 +583,7 @@ KEYS = (
     *("num_hidden_layers", "num_attention_heads", "num_key_value_heads"),
     *("head_dim", "hidden_size", "max_position_embeddings", "layer_types"),
 )
-JUNK = (float("inf"), float("nan"), 1.5, True, "x", [1], {}, -1, 10**400, [["x"]], 5)
+JUNK = (float("inf"), float("nan"), 1.5, True, "x", [1], {"a": 1}, -1, 10**400, [["x"]], 5)
 
 
 @pytest.mark.parametrize("key", KEYS)

@@ -216,20 +216,20 @@ def test_a_file_system_that_counts_no_blocks_has_no_limit() -> None:
 
 
 def test_a_disk_with_room_but_without_inodes_is_too_full(tmp_path: Path) -> None:
-    script = f"mount -t tmpfs -o size=100m,nr_inodes=20 tmpfs {tmp_path} && exec \"$@\""
+    script = f'mount -t tmpfs -o size=100m,nr_inodes=20 tmpfs {tmp_path} && exec "$@"'
     code = (
         "import sys, pathlib\nfrom hive.workers.host import check_disk\n"
         "error = check_disk(pathlib.Path(sys.argv[1]) / 'x', 2**20, 'state_dir')\n"
         "print(error.message, error.suggested_action, sep='\\n')"
     )
-    command = ["unshare", "-m", "sh", "-c", script, "sh", sys.executable, "-c", code, tmp_path]
+    command = ["unshare", "-m", "sh", "-c", script, "sh", sys.executable, "-c", code, str(tmp_path)]
     done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
     if "unshare failed" in done.stderr or "permission denied" in done.stderr.lower():
         pytest.skip("needs mount namespaces")
     message, action = done.stdout.splitlines()
 
     assert f"needs {FILES} new files, but its file system (tmpfs on {tmp_path})" in message
-    assert "has inodes for 19 left: 45 inodes too little." in message
+    assert "has 19 inodes left: 45 inodes too little." in message
     assert f"remount,nr_inodes=… {tmp_path}" in action
 
 

@@ -3,11 +3,12 @@
 import asyncio
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
 from collections.abc import AsyncIterator, Iterator
-from contextlib import asynccontextmanager, contextmanager
+from contextlib import ExitStack, asynccontextmanager, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +17,18 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hive.workers.client import EngineClient, ProbeFailed
-from hive.workers.pulse import ABORT_S, FIRST_S, WATCH_S, Pulse, Sample, cpu_of, read_sample
-from tests.patience import awaited, until, wait_until
+from hive.workers.pulse import (
+    ABORT_S,
+    FIRST_S,
+    LISTENING_S,
+    REFUSALS,
+    WATCH_S,
+    Pulse,
+    Sample,
+    cpu_of,
+    read_sample,
+)
+from tests.patience import awaited, short_directory, until, wait_until
 
 EXCERPT = Path(__file__).parents[2] / "docs/engines.md"
 
@@ -47,8 +58,14 @@ class Scripted(EngineClient):
         self.text: str | None = None  # instead of gauges
         self.status = 200
         self.fails = False
+        self.listens = True
+        self.looked: list[float] = []  # whether anybody listens
         self.asked: list[float] = []
         self.held: asyncio.Event | None = None  # an answer waits for it
+
+    async def is_listening(self) -> bool:
+        self.looked.append(time.monotonic())
+        return self.listens
 
     async def ask(self, method: str, path: str, body: Any = None) -> tuple[int, bytes]:
         assert (method, path, body) == ("GET", "/metrics", None)
@@ -142,10 +159,17 @@ def test_the_ranks_of_one_engine_are_added_up() -> None:
         "vllm:num_requests_running\n",
         " vllm:num_requests_running 1.0\n",
         "vllm:num_requests_running NaN\n",
+        "vllm:num_requests_running 1e999\n",
     ],
 )
 def test_an_engine_without_gauges_is_seen_to_have_none(text: str) -> None:
     assert read_sample(text) is None
+
+
+def test_a_number_without_end_is_none() -> None:
+    text = "vllm:num_requests_running 1.0\nvllm:generation_tokens_total 1e999\n"
+
+    assert read_sample(text) == Sample(1, ())
 
 
 def test_a_gauge_without_labels_is_one_too() -> None:
@@ -476,6 +500,128 @@ async def test_time_without_work_is_no_hanging() -> None:
         assert it.hung == []
 
 
+# ── Who listens ─────────────────────────────────────────────────────────────────────────────────
+
+NOBODY = "nobody listens on its socket any more"
+
+
+@awaited
+async def test_when_a_connection_is_refused_and_nobody_listens_that_is_told_once() -> None:
+    """Idle or not: its process may be gone without its guard having said so."""
+    async with watched() as it:
+        it.engine.listens = False
+        began = time.monotonic()
+        for _ in range(5):
+            it.pulse.refused()
+        await until(lambda: it.hung, "the verdict")
+        assert time.monotonic() - began < LISTENING_S
+        assert len(it.engine.looked) == REFUSALS
+        it.pulse.refused()
+        await until(lambda: len(it.engine.looked) >= 2 * REFUSALS, "another look")
+        await asyncio.sleep(0)
+
+        assert it.hung == [NOBODY]
+        assert it.engine.asked == []
+
+
+@awaited
+async def test_who_refuses_once_and_listens_again_is_not_gone() -> None:
+    async with watched() as it:
+        it.engine.listens = False
+        it.pulse.refused()
+        await until(lambda: it.engine.looked, "the first look")
+        it.engine.listens = True
+        await until(lambda: len(it.engine.looked) == 2, "the second look")
+        await asyncio.sleep(3 * ABORT_S)
+
+        assert len(it.engine.looked) == 2
+        assert it.hung == []
+
+
+@awaited
+async def test_an_idle_engine_whose_socket_nobody_serves_is_found_from_time_to_time() -> None:
+    async with watched() as it:
+        it.engine.listens = False
+        began = time.monotonic()
+        await until(lambda: it.hung, "the verdict")
+
+        assert time.monotonic() - began >= LISTENING_S - 0.002
+        assert it.hung == [NOBODY]
+        assert it.engine.asked == []
+
+
+@awaited
+async def test_who_hangs_and_does_not_listen_either_is_told_once() -> None:
+    async with watched(longest_s=1.5) as it:
+        it.engine.listens = False
+        it.begin(1)
+        await until(lambda: it.hung, "the verdict")
+        it.pulse.refused()
+        await until(lambda: len(it.engine.looked) >= REFUSALS, "the looks")
+        await it.sampled(2)
+
+        assert len(it.hung) == 1
+
+
+@awaited
+async def test_after_its_end_nobody_needs_to_listen() -> None:
+    async with watched() as it:
+        it.engine.listens = False
+        it.pulse.refused()
+        await until(lambda: it.engine.looked, "the first look")
+        it.pulse.stop()
+
+    assert it.hung == []
+
+
+@pytest.mark.parametrize("backlog", [8, 0], ids=["slow", "full"])
+@awaited
+async def test_a_slow_or_a_full_listener_is_not_gone(backlog: int) -> None:
+    with short_directory() as home, ExitStack() as stack:
+        listener = stack.enter_context(socket.socket(socket.AF_UNIX))
+        listener.bind(str(home / "s"))
+        listener.listen(backlog)
+        with suppress(BlockingIOError):
+            for _ in range(2):
+                client = stack.enter_context(socket.socket(socket.AF_UNIX))
+                client.setblocking(False)
+                client.connect(str(home / "s"))
+        it = Watched(0)
+        real = EngineClient(home / "s", "m")
+        it.pulse._client = real
+        async with asyncio.TaskGroup() as tasks:
+            polling = tasks.create_task(it.pulse.run(), name="pulse")
+            for _ in range(3):
+                it.pulse.refused()
+                await until(lambda: not it.pulse._is_refused, "a look")
+                await asyncio.sleep((REFUSALS + 1) * ABORT_S)
+            it.pulse.stop()
+            await asyncio.wait([polling])
+            assert it.hung == []
+        await real.close()
+        await it.engine.close()
+
+
+@awaited
+async def test_an_engine_whose_socket_is_left_over_is_gone() -> None:
+    with short_directory() as home:
+        with socket.socket(socket.AF_UNIX) as left:
+            left.bind(str(home / "s"))
+            left.listen()
+        it = Watched(0)
+        it.pulse._client = real = EngineClient(home / "s", "m")
+        async with asyncio.TaskGroup() as tasks:
+            polling = tasks.create_task(it.pulse.run(), name="pulse")
+            it.pulse.refused()
+            await until(lambda: it.hung, "the verdict")
+            it.pulse.stop()
+            await asyncio.wait([polling])
+        await real.close()
+        await it.engine.close()
+
+    assert it.hung == [NOBODY]
+
+
 # ── Processes ───────────────────────────────────────────────────────────────────────────────────
 
 
@@ -538,3 +684,22 @@ async def test_a_stopped_process_makes_no_progress_whatever_the_gauges_say() -> 
                 await asyncio.sleep(0.05)
 
         assert it.hung == ["it has requests and made no progress for 1.5 s"]
+
+
+@awaited
+async def test_a_process_that_goes_on_after_a_stop_gets_on_while_bytes_flow() -> None:
+    """What was seen in a silence is forgotten when it speaks again."""
+    with process(BUSY) as child:
+        name = Path(f"/proc/{child.pid}/comm").read_text().strip()
+        async with watched(os.getpid(), vital=(name[:15],), longest_s=3) as it:
+            it.begin(1)
+            await until(lambda: cpu_of([child.pid])[0], "it to compute")
+            child.send_signal(signal.SIGSTOP)
+            await until(lambda: it.pulse._is_stopped, "a look")
+            child.send_signal(signal.SIGCONT)
+            began = time.monotonic()
+            while time.monotonic() - began < 5:
+                it.pulse.relayed += 1
+                await asyncio.sleep(0.02)
+
+            assert it.hung == []

@@ -7,13 +7,13 @@ from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 import pytest
 
 from hive.devices.nvml import Driver
 from hive.devices.watch import Devices
-from hive.errors import Conflict
+from hive.errors import Conflict, InternalError, ServiceUnavailable
 from hive.events import (
     Announcer,
     Event,
@@ -28,10 +28,11 @@ from hive.policy.lifecycle import State
 from hive.policy.restarts import RestartPolicy
 from hive.settings import Model, Timeouts
 from hive.workers import guard
+from hive.workers.client import EngineClient
 from hive.workers.command import CommandEngine
-from hive.workers.ledger import Ledger
+from hive.workers.ledger import Entry, Ledger
 from hive.workers.life import EngineOver
-from hive.workers.process import Place
+from hive.workers.process import Launch, Place
 from hive.workers.worker import HINT_S, Worker, WorkerPlan
 from tests.doubles import engine_command
 from tests.patience import awaited, short_directory, until, wait_until
@@ -531,3 +532,171 @@ async def test_the_hint_is_the_measured_load_time_while_it_is_on_its_way(home: P
         assert worker.ready_in_s
         assert 0 < worker.ready_in_s <= max(0.5, worker.load_s)
         await worker.wait_for(State.READY)
+
+
+# ── hive stops ──────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize("action", ["start", "restart", "release"])
+@awaited
+async def test_a_worker_of_a_hive_that_stops_starts_no_more(home: Path, action: str) -> None:
+    async with working(home) as stage:
+        worker = stage.worker
+        worker.retire()
+        asked = {"start": worker.start, "restart": worker.restart, "release": worker.released}
+        with pytest.raises(ServiceUnavailable) as caught:
+            await asked[action]()
+
+        assert (caught.value.status, caught.value.details["reason"]) == (503, "draining")
+        assert (worker.state, stage.moves) == (State.STOPPED, [])
+
+
+@awaited
+async def test_a_start_that_was_asked_just_before_is_not_obeyed(home: Path) -> None:
+    """It lies in the inbox while hive begins to stop."""
+    stage = Stage(home, {}, double())
+    async with asyncio.TaskGroup() as tasks:
+        asking = tasks.create_task(stage.worker.start(), name="start")
+        await until(stage.worker._inbox.qsize, "the start to be asked")
+        stage.worker.retire()
+        running = tasks.create_task(stage.worker.run(), name="worker")
+        await asking
+        running.cancel()
+
+    assert (stage.worker.state, stage.moves) == (State.STOPPED, [])
+
+
+@awaited
+async def test_a_restart_that_was_asked_just_before_becomes_a_stop(home: Path) -> None:
+    async with ready(home, restarts=TWICE) as stage:
+        await stage.worker.restart()
+        stage.worker.retire()
+        await stage.worker.wait_for(State.STOPPED)
+
+        assert stage.moves[3:] == ["DRAINING", "STOPPING", "STOPPED"]
+
+
+@awaited
+async def test_a_crash_while_hive_stops_is_followed_by_no_start(home: Path) -> None:
+    async with ready(home, restarts=TWICE) as stage:
+        stage.worker.retire()
+        os.kill(stage.pid, signal.SIGKILL)
+        await stage.worker.wait_for(State.STOPPED)
+
+        assert stage.heard(WorkerRestartPlanned) == []
+        assert len(stage.heard(WorkerStarted)) == 1
+
+
+# ── What nobody foresaw ─────────────────────────────────────────────────────────────────────────
+
+
+class Unforeseen(Exception):
+    """A mistake in hive itself."""
+
+
+def fails(*_: object) -> NoReturn:
+    raise Unforeseen
+
+
+class Unprobed(CommandEngine):
+    """An engine whose probe is broken in hive."""
+
+    async def probe(self, client: EngineClient) -> None:
+        fails(client)
+
+
+class Unlaunched(CommandEngine):
+    """An engine that hive cannot describe."""
+
+    def launch(
+        self, place: Place, devices: tuple[str, ...], visible: str | None, total_bytes: int
+    ) -> Launch:
+        fails(place, devices, visible, total_bytes)
+
+
+class Unaudited(Ledger):
+    """A ledger that cannot tell what is left."""
+
+    async def audit(self, entry: Entry) -> NoReturn:
+        fails(entry)
+
+
+def unforeseen(stage: Stage) -> bool:
+    """Whether it is said as what it is: hive's own failure."""
+    error = stage.worker.error
+    return (
+        isinstance(error, InternalError)
+        and "unforeseen Unforeseen" in error.message
+        and stage.worker.view()["error"] == "INTERNAL_ERROR"
+    )
+
+
+@awaited
+async def test_what_nobody_foresaw_before_a_start_fails_this_worker(home: Path) -> None:
+    """Starting again would not heal it (R154)."""
+    async with working(home, preflight=fails, restarts=TWICE) as stage:
+        await stage.worker.start()
+        await stage.worker.wait_for(State.FAILED)
+
+        assert stage.moves == ["STARTING", "STOPPING", "FAILED"]
+        assert unforeseen(stage)
+        assert stage.heard(WorkerRestartPlanned) == []
+
+
+@pytest.mark.parametrize("kind", [Unlaunched, Unprobed])
+@awaited
+async def test_what_nobody_foresaw_during_a_start_fails_this_worker_and_leaves_nothing(
+    home: Path, kind: type[CommandEngine]
+) -> None:
+    command = Model.model_validate({"engine": "command", "device": "cpu", "command": double()})
+    async with working(home, engine=kind("m", command), restarts=TWICE) as stage:
+        await stage.worker.start()
+        await stage.worker.wait_for(State.FAILED)
+
+        assert stage.moves[-2:] == ["STOPPING", "FAILED"]
+        assert unforeseen(stage)
+        assert stage.worker.life is None
+        assert list(stage.ledger.directory.iterdir()) == []
+        stage.worker.plan = replace(stage.worker.plan, engine=CommandEngine("m", command))
+        await stage.worker.start()
+        await stage.worker.wait_for(State.READY)
+        assert stage.worker.error is None
+
+
+@pytest.mark.parametrize("asked", [True, False], ids=["a stop", "a crash"])
+@awaited
+async def test_what_nobody_foresaw_during_an_end_ends_the_tree_all_the_same(
+    home: Path, asked: bool
+) -> None:
+    async with ready(home, "--core", restarts=TWICE) as stage:
+        life = stage.worker.life
+        assert life
+        assert life.tree
+        members = {life.tree.guard_pid} | {
+            process.pid for process in guard.descendants(life.tree.guard_pid)
+        }
+        stage.worker._ledger = Unaudited(stage.ledger.directory, stage.events.append)
+        if asked:
+            await stage.worker.stop()
+        else:
+            os.kill(stage.pid, signal.SIGKILL)
+        await stage.worker.wait_for(State.STOPPED, State.FAILED)
+
+        assert stage.worker.state is (State.STOPPED if asked else State.FAILED)
+        assert unforeseen(stage)
+        assert stage.worker.life is None
+        assert not any(guard.look_at(pid) for pid in members)
+        assert life.session.closed
+
+
+@awaited
+async def test_what_nobody_foresaw_lets_the_worker_be_started_again(home: Path) -> None:
+    async with working(home, preflight=fails) as stage:
+        for count in (1, 2):
+            await stage.worker.start()
+            await stage.worker.wait_for(State.STOPPING)
+            await stage.worker.wait_for(State.FAILED)
+            assert stage.moves.count("FAILED") == count
+        stage.worker.plan = replace(stage.worker.plan, preflight=lambda _: None)
+        await stage.worker.start()
+        await stage.worker.wait_for(State.READY)

@@ -1,0 +1,128 @@
+"""hive's own small requests to an engine: what counts as listening, healthy, and an answer."""
+
+import asyncio
+import socket
+from collections.abc import AsyncIterator, Callable, Iterator
+from contextlib import ExitStack, asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import uvloop
+from aiohttp import web
+
+from hive.workers.client import EngineClient, ProbeFailed
+from tests.patience import awaited, short_directory
+
+uvloop.run(asyncio.sleep(0))  # its first loop opens a pipe of libuv's own, for good
+EITHER_LOOP = pytest.mark.parametrize("run", [asyncio.run, uvloop.run])
+
+
+@pytest.fixture
+def path() -> Iterator[Path]:
+    with short_directory() as home:
+        yield home / "s"
+
+
+async def listens(path: Path) -> bool:
+    async with EngineClient(path, "m") as client:
+        return await client.is_listening()
+
+
+# ── Who listens ─────────────────────────────────────────────────────────────────────────────────
+
+
+@EITHER_LOOP
+def test_where_there_is_no_socket_nobody_listens(path: Path, run: Callable[[Any], bool]) -> None:
+    assert not run(listens(path))
+
+
+@EITHER_LOOP
+def test_a_socket_that_a_dead_engine_left_is_nobody(path: Path, run: Callable[[Any], bool]) -> None:
+    with socket.socket(socket.AF_UNIX) as left:
+        left.bind(str(path))
+        left.listen()
+    assert path.exists()
+
+    assert not run(listens(path))
+
+
+@EITHER_LOOP
+def test_who_never_accepts_a_connection_listens(path: Path, run: Callable[[Any], bool]) -> None:
+    """It is busy with a step, say."""
+    with socket.socket(socket.AF_UNIX) as slow:
+        slow.bind(str(path))
+        slow.listen(8)
+
+        assert run(listens(path))
+
+
+@EITHER_LOOP
+def test_who_has_no_room_for_another_connection_listens(
+    path: Path, run: Callable[[Any], bool]
+) -> None:
+    with ExitStack() as stack:
+        full = stack.enter_context(socket.socket(socket.AF_UNIX))
+        full.bind(str(path))
+        full.listen(0)
+        clients = [stack.enter_context(socket.socket(socket.AF_UNIX)) for _ in range(2)]
+        for client in clients:
+            client.setblocking(False)
+        clients[0].connect(str(path))
+        with pytest.raises(BlockingIOError):
+            clients[1].connect(str(path))
+
+        assert run(listens(path))
+
+
+# ── Requests ────────────────────────────────────────────────────────────────────────────────────
+
+
+@asynccontextmanager
+async def engine(path: Path) -> AsyncIterator[EngineClient]:
+    """One whose answers say their own status, and that breaks off when asked to."""
+
+    async def answer(request: web.Request) -> web.Response:
+        if request.path == "/breaks":
+            assert request.transport
+            request.transport.abort()
+        return web.Response(status=int(request.query.get("status", 200)), text="said")
+
+    app = web.Application()
+    app.router.add_route("*", "/{path:.*}", answer)
+    runner = web.AppRunner(app)
+    await runner.setup()
+    await web.UnixSite(runner, str(path)).start()
+    async with EngineClient(path, "m") as client:
+        yield client
+    await runner.cleanup()
+
+
+@awaited
+async def test_only_200_is_healthy(path: Path) -> None:
+    async with engine(path) as client:
+        assert await client.is_healthy("/health")
+        for status in (204, 404, 500, 503):
+            assert not await client.is_healthy(f"/health?status={status}")
+        assert not await client.is_healthy("/breaks")
+    async with EngineClient(path, "m") as client:
+        assert not await client.is_healthy("/health")
+
+
+@awaited
+async def test_any_status_is_an_answer_and_a_broken_one_is_none(path: Path) -> None:
+    async with engine(path) as client:
+        assert await client.ask("GET", "/x?status=404") == (404, b"said")
+        with pytest.raises(ProbeFailed, match="GET /breaks: "):
+            await client.ask("GET", "/breaks")
+    async with EngineClient(path, "m") as client:
+        with pytest.raises(ProbeFailed, match="GET /x: "):
+            await client.ask("GET", "/x")
+
+
+@awaited
+async def test_what_must_succeed_tells_the_status_that_it_got(path: Path) -> None:
+    async with engine(path) as client:
+        assert await client.must("POST", "/x?status=201", {}) == b"said"
+        with pytest.raises(ProbeFailed, match="status 500"):
+            await client.must("POST", "/x?status=500", {})
