@@ -330,7 +330,7 @@ The reasons of SERVICE_UNAVAILABLE, and of RATE_LIMITED the last two:
 | `max_concurrent` | yes | 429: this key has as many requests in flight as it may |
 | `requests_per_minute` | yes | 429: this key has asked as often as it may in a minute |
 
-`Retry-After` is (waiting + 1) × the mean time a slot is held ÷ slots, times 1 to 1.25; while a model loads,
+`Retry-After` is (waiting + 1) times the mean time a slot is held, divided by the slots, times 1 to 1.25; while a model loads,
 what is left of its measured load time; 30 until something was measured. How wrong it was is
 `hive_retry_after_error_seconds`.
 

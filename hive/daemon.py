@@ -37,6 +37,7 @@ from hive.workers.ledger import Ledger
 log = logging.getLogger(__name__)
 Result = TypeVar("Result")
 
+ASKED_S = 1.0  # for what the preflight was asking to end
 DRIVER_LOOK_S = 0.5  # how often a driver that is late at boot is looked for
 RECHECK_S = 10.0  # how often leaks that are known are looked at again
 
@@ -167,7 +168,15 @@ async def passed_preflight(settings: Settings, driver: nvml.Driver) -> Mapping[s
     """
     waits_until = time.monotonic() + settings.server.driver_wait_s
     while True:
-        findings, resolved = await in_its_own_thread(lambda: preflight.check(settings, driver))
+        stop = threading.Event()
+        try:
+            findings, resolved = await in_its_own_thread(
+                lambda stop=stop: preflight.check(settings, driver, stop=stop)  # type: ignore[misc]
+            )
+        except asyncio.CancelledError:
+            stop.set()  # what it has asked ends with it
+            await asyncio.sleep(ASKED_S)
+            raise
         wrong = [finding.error for finding in findings if finding.error]
         if not wrong:
             return resolved

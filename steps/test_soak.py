@@ -20,7 +20,6 @@ from typing import Any
 
 import pytest
 
-from hive.devices.watch import OWN_KILL_S
 from hive.workers import cgroup, guard
 from steps import leaks
 from steps.crowd import Crowd
@@ -165,18 +164,16 @@ class Soak:
         self.crowd.go(REST_S)
 
     def fail_the_calm_one(self, name: str) -> None:
-        """A fatal Xid long after hive's last kill there is a fault; soon after, it is an echo."""
-        is_sure = time.monotonic() - self.touched.get(name, -OWN_KILL_S) > OWN_KILL_S
+        """A fatal Xid is a fault at any time, also right after hive's own kill."""
         (index, *_) = GPUS[name]
         for one in GPUS[name]:
             hears = f"/hive/v1/devices/cuda:{one}"
             must(lambda h=hears: self._get(h)["events"] == "event set", 5, "Xids are heard")  # type: ignore[misc]
         xid = self.chance.choice(FATAL)
-        self.crowd.note(f"Xid {xid} on cuda:{index}, {'a fault' if is_sure else 'an echo'}")
+        self.crowd.note(f"Xid {xid} on cuda:{index}")
         self.gpus.xid(index, xid)
-        if is_sure:
-            self.hive.wait_state("QUARANTINED", f"{name}-0")
-            self.crowd.count("quarantined by an Xid")
+        self.hive.wait_state("QUARANTINED", f"{name}-0")
+        self.crowd.count("quarantined by an Xid")
         self.touched[name] = time.monotonic()
 
     # ── what may happen to an engine ────────────────────────────────────────────────────────────
@@ -220,7 +217,7 @@ class Soak:
             self.gpus.change(self.chance.choice(GPUS[name]), lost=1)
 
     def report_an_xid(self, name: str) -> None:
-        """Right after a kill it is an echo, else a fault or a note: no matter here."""
+        """A fault, evidence, a note, or the echo of a kill: no matter here."""
         if name in GPUS:
             xid = self.chance.choice(FATAL + HARMLESS)
             self.crowd.note(f"  Xid {xid}")

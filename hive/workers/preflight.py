@@ -316,7 +316,7 @@ def _check_model(
 
 
 def _check_environment(name: str, model: Model, stop: threading.Event, *, imports: bool) -> Finding:
-    subject, python = f"model {name}", python_of(name, model)
+    subject, python = f"model {name}", python_of(name, model).absolute()
     code = ("import vllm, lmcache\n" if imports else "") + _VERSIONS
     versions: dict[str, str] = {}
     try:

@@ -43,6 +43,7 @@ from hive.policy.restarts import RestartPolicy
 from hive.settings import Timeouts
 from hive.workers.client import ProbeFailed
 from hive.workers.diagnosis import Cause, Diagnosis, diagnose, last_words
+from hive.workers.host import why
 from hive.workers.ledger import Entry, Ledger
 from hive.workers.life import Life
 from hive.workers.ports import Engine
@@ -426,7 +427,7 @@ class Worker:
             self._report(News.SPAWN_FAILED, None, exc.message)
             return
         except OSError as exc:
-            self._report(News.SPAWN_FAILED, None, f"could not start: {exc.strerror}")
+            self._report(News.SPAWN_FAILED, None, f"could not start: {why(exc, self.plan.log)}")
             return
         self.counts.starts += 1
         life = self.life = Life(self.counts.starts, place, self.model)
@@ -451,8 +452,8 @@ class Worker:
             self._report(News.SPAWN_FAILED, life, exc.message)
             return
         except (OSError, ValueError) as exc:
-            why = exc.strerror if isinstance(exc, OSError) else exc
-            self._report(News.SPAWN_FAILED, life, f"could not start: {why}")
+            said = why(exc, place.home) if isinstance(exc, OSError) else str(exc)
+            self._report(News.SPAWN_FAILED, life, f"could not start: {said}")
             return
         life.tree.exited.add_done_callback(lambda done: self._exited(life, done.result()))
         self._announcer.announce(

@@ -15,6 +15,8 @@ import pytest
 from hive import __version__, cli
 from hive.cli import COMMANDS
 from hive.cli.client import address
+from hive.workers import guard
+from steps.waiting import until
 from tests.patience import short_directory
 
 HIVE = [sys.executable, "-m", "hive"]
@@ -168,6 +170,25 @@ def test_ctrl_c_is_130(silent: socket.socket) -> None:
 
     assert process.returncode == 130
     assert "Traceback" not in told
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_check_that_is_ended_leaves_no_engines_python_behind(number: int) -> None:
+    Path("python").write_text("#!/bin/sh\necho $$ >pid\nsetsid sleep 600 &\nsleep 600\n")
+    Path("python").chmod(0o700)
+    model = 'engine = "vllm"\ndevice = "cpu"\npath = "org/model"\npython = "./python"\n'
+    Path("hive.toml").write_text(f"[models.m]\n{model}")
+    with short_directory() as home:
+        where = ["--runtime-dir", str(home / "r"), "--state-dir", str(home / "s")]
+        with subprocess.Popen([*HIVE, "check", *where], stderr=subprocess.DEVNULL) as process:
+            assert until(lambda: Path("pid").exists() and Path("pid").read_text(), 30)
+            process.send_signal(number)
+            process.wait(30)
+
+    asked = int(Path("pid").read_text())
+    left = [p for p in guard.every_process() if (guard.mark_of(p.pid) or "").startswith("ask-")]
+    assert guard.look_at(asked) is None
+    assert left == []
 
 
 @pytest.mark.parametrize("args", [["health"], ["worker", "logs", "a-0"]])

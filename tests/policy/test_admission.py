@@ -229,7 +229,9 @@ class RoomMachine(RuleBasedStateMachine):
         stuck = [t for t in table.order() if not table.who_may_serve(t)]
         lost = [t for t in stuck if table.of_use(t, {worker})]
         told = self.room.close(worker, self.now)
-        assert told == [t for t in lost if t in told or not table.of_use(t, table.tried)][: len(told)]
+        assert (
+            told == [t for t in lost if t in told or not table.of_use(t, table.tried)][: len(told)]
+        )
         assert not any(table.of_use(t, table.tried) for t in told)
         self.were_turned_out(told)
 
