@@ -274,9 +274,9 @@ def _tree(directory: Path, note: Note, known: Tree, found: list[Swept]) -> Tree:
     except Damaged as exc:
         there = [p for p in journal.records_of(directory, note) if os.path.lexists(p)]
         found += [_set_aside(path, str(exc)) for path in there[:1]]
-        tree = NO_TREE
-    if tree == NO_TREE:
-        tree = known
+        tree = journal.unrecorded(note)
+    if not tree.members and not tree.shm and known.mark == note.mark:
+        tree = known  # it is not there any more
     members = list({*tree.members, *known.members})
     return tree.model_copy(
         update={"mark": note.mark, "members": members, "shm": known.shm | tree.shm}

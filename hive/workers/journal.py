@@ -60,6 +60,8 @@ class Note(_Written):
     guard: Identity | None = None
     leader: Identity | None = None
     home: Path
+    made: tuple[Inode, Inode] | None = None  # the home, when it was there
+    shm_before: frozenset[Inode] | None = None  # what was in /dev/shm: never the tree's
     cgroup: Path | None = None
     devices: Mapping[str, Mapping[str, str | int | float | None]] = {}  # what was free before
     grace_s: float = Field(5.0, ge=0, le=86_400)  # what its guard gives the tree when hive dies
@@ -149,6 +151,7 @@ def new(worker: str, home: Path, mark: str, **facts: Any) -> Note:
         boot=boot_id(),
         pid_namespace=pid_namespace(),
         shm_device=shm_device(),
+        shm_before=frozenset(guard.names_in_shm().values()),
         hive=identity(os.getpid()),
         since=time.time(),
         **facts,
@@ -224,7 +227,12 @@ def tree_of(directory: Path, note: Note) -> Tree:
                 about = os.lstat(note.home)
                 tree = tree.model_copy(update={"home": (about.st_dev, about.st_ino)})
             return tree
-    return NO_TREE
+    return unrecorded(note)
+
+
+def unrecorded(note: Note) -> Tree:
+    """A tree of which the guard's record is not there: what hive itself wrote down of it."""
+    return Tree(mark=note.mark, members=[], shm={}, home=note.made, shm_before=note.shm_before)
 
 
 def read_tree(path: Path) -> Tree:

@@ -6,7 +6,9 @@ once, looked at again (`recheck`), told at shutdown (`error`). R022-R026, R143-R
 """
 
 import asyncio
+import contextlib
 import logging
+import os
 import time
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
@@ -16,7 +18,7 @@ from typing import Any
 from hive.errors import ResourceLeakDetected
 from hive.events import Event, LeakCleared, LeakFound
 from hive.workers import guard, journal, leftovers
-from hive.workers.journal import NO_TREE, Damaged, Note, Tree
+from hive.workers.journal import Damaged, Note, Tree
 from hive.workers.leftovers import Leak
 from hive.workers.process import Place, pause_after
 
@@ -98,7 +100,12 @@ class Ledger:
     async def started(self, entry: Entry, guard_pid: int, leader_pid: int) -> None:
         """Add the pids, with their start times. Raises OSError; the mark alone still proves."""
         leader = guard.look_at(leader_pid)
+        made = None
+        with contextlib.suppress(FileNotFoundError):  # it ended at once
+            about = os.lstat(entry.note.home)
+            made = about.st_dev, about.st_ino
         known = {
+            "made": made,
             "guard": journal.identity(guard_pid),
             # One that has ended may be reaped already, and its pid another's.
             "leader": (leader_pid, leader.start) if leader and leader.ppid == guard_pid else None,
@@ -201,7 +208,7 @@ class Ledger:
             return journal.tree_of(self.directory, note)
         except Damaged as exc:
             log.warning("what the guard of %s wrote down is lost: %s", note.worker, exc)
-            return NO_TREE
+            return journal.unrecorded(note)
 
     def _write(self, entry: Entry) -> None:
         with entry.lock:  # a write whose waiter was cancelled must not come after the end

@@ -253,7 +253,12 @@ def test_what_the_guard_wrote_down_is_read(directory: Path) -> None:
 
 
 def test_a_record_that_is_not_there_is_empty(directory: Path) -> None:
-    assert journal.tree_of(directory, note()) == journal.NO_TREE
+    """What hive itself noted is all that is known then."""
+    alone = note()
+    tree = journal.tree_of(directory, alone)
+
+    assert (tree.mark, tree.members, tree.shm) == (alone.mark, [], {})
+    assert (tree.home, tree.shm_before) == (alone.made, alone.shm_before)
 
 
 def test_a_record_may_lie_in_the_home(tmp_path: Path) -> None:
