@@ -63,12 +63,12 @@ def _short(served: Hive, tokens: int) -> Stream:
     return stream
 
 
-@when("the client leaves")
+@when("the reader leaves")
 def _leaves(reading: Stream) -> None:
     reading.leave()
 
 
-@when("the client cancels its request")
+@when("the reader cancels its request")
 def _cancels(served: Hive, reading: Stream) -> None:
     assert served.ask("DELETE", f"/hive/v1/requests/{ID}").status == 204
     reading.wait_for_end()
@@ -76,7 +76,7 @@ def _cancels(served: Hive, reading: Stream) -> None:
     assert reading.last_error["code"] == "REQUEST_CANCELLED"
 
 
-@when("the client has a deadline of a second, and it passes")
+@when("the reader has a deadline of a second, and it passes")
 def _passes(served: Hive, reading: Stream) -> None:
     reading.leave()
     body = {"model": "m", "prompt": "once", "max_tokens": LONG, **ENDLESS}

@@ -6,10 +6,10 @@ Feature: The real engine is cancelled, hangs, and is drained
   Rule: What nobody wants any more stops in the engine
 
     @R050
-    Scenario Outline: A client <does>
+    Scenario Outline: A reader <does>
       Given the real engine is serving
       And a client is reading a long answer
-      When the client <does>
+      When the reader <does>
       Then the engine runs nothing any more, by its own count
       And the slot is free, and the cancellation was confirmed
 
