@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from hive.workers import guard
+from steps import leaks
 from steps.driver import Hive, chat_body
 from steps.waiting import must
 from tests.doubles import engine_command
@@ -158,7 +159,7 @@ def tree_alone() -> float:
         client = Client.of_engine(path, stream=True)
         client.read_events(5)
         below = guard.descendants(process.pid)
-        names = {name for one in below for name in guard.shared_memory(one.pid)}
+        names = {name for one in below for name in leaks.shm_of(one.pid)}
         ends = Ends([process.pid, *(one.pid for one in below)])
         began = time.monotonic()
         for pid in (process.pid, *(one.pid for one in below)):
