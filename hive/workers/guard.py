@@ -452,9 +452,9 @@ class Log:
         # A pipe in its place, which nobody reads, would block.
         self.fd = os.open(self.path, flags | os.O_NONBLOCK, 0o600)
         about = os.fstat(self.fd)
-        if not stat.S_ISREG(about.st_mode):
+        if stat.S_ISFIFO(about.st_mode):
             os.close(self.fd)
-            raise OSError(errno.EINVAL, "it is not a regular file", self.path)
+            raise OSError(errno.EINVAL, "it is a pipe", self.path)
         self.size = about.st_size
 
     def write(self, text: bytes) -> None:
