@@ -221,14 +221,16 @@ def be_deaf() -> None:
 
 
 class StopAsked:
-    """The first signal asks for a clean stop, a second one for a stop without draining."""
+    """The first signal, or a drain, asks for a clean stop; a second signal for one without draining."""
 
     def __init__(self) -> None:
         self.first = asyncio.Event()
         self.second = asyncio.Event()
+        self._heard = False  # a signal, that is: being asked to drain is none
 
     def hear(self) -> None:
-        (self.second if self.first.is_set() else self.first).set()
+        (self.second if self._heard else self.first).set()
+        self._heard = True
 
 
 def stop_signals() -> StopAsked:
