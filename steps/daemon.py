@@ -148,6 +148,18 @@ def _(story: Story, how: str) -> None:
     story.hive.signal(SIGNALS[how])
 
 
+@when("hive is asked to stop again and again")
+def _(story: Story) -> None:
+    """Two signals at once may arrive as one: nothing outside tells that the first was heard."""
+    story.look_at_tree()
+
+    def ended() -> bool:
+        story.hive.signal(signal.SIGTERM)
+        return story.hive.process is not None and story.hive.process.poll() is not None
+
+    must(ended, 3, "hive's end")
+
+
 @given("hive waits for the running requests")
 def _(story: Story) -> None:
     story.look_at_tree()

@@ -44,7 +44,7 @@ from tests.devices.conftest import driver, driver_of, gpus  # noqa: F401 (fixtur
 from tests.doubles.engine import tracebacks
 from tests.doubles.nvml import Gpus
 from tests.patience import awaited, short_directory, until
-from tests.workers.standing import standing
+from tests.workers.standing import admitted, standing
 
 GIB = 2**30
 TOP = Path(__file__).parents[1]
@@ -211,9 +211,9 @@ async def test_a_request_is_never_answered_by_another_model(home: Path, state: S
     fleet = fleet_of(settings_of(home, {"large": large}), Driver(), resolved)
     async with standing(fleet.worker("small-0")), standing(fleet.worker("large-0"), state):
         with pytest.raises((ServiceUnavailable, GpuQuarantined)):
-            await fleet.door("large").admit(Ticket())
+            await admitted(fleet.door("large"), Ticket())
 
-        assert (await fleet.door("small").admit(Ticket())).worker.id == "small-0"
+        assert (await admitted(fleet.door("small"), Ticket())).worker.id == "small-0"
 
 
 # ── After every kind of end ─────────────────────────────────────────────────────────────────────

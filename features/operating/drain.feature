@@ -14,6 +14,23 @@ Feature: Draining
       And 16 tokens arrive, all of them and in order
       And hive ends within 5 seconds with exit code 0
 
+    Scenario: A service manager stops hive meanwhile
+      Given an engine that takes 20 ms for each token
+      And hive is serving
+      And a chat is streaming
+      When a client sends "POST" to "/hive/v1/drain"
+      And hive is asked to stop
+      Then 16 tokens arrive, all of them and in order
+      And hive ends within 5 seconds with exit code 0
+
+    Scenario: A second signal in it ends the waiting
+      Given an engine that generates for a minute
+      And hive is serving
+      And a chat is streaming
+      When a client sends "POST" to "/hive/v1/drain"
+      And hive is asked to stop again and again
+      Then hive ends within 3 seconds with exit code 0
+
   Rule: One worker can be drained alone
 
     Scenario: The others serve on

@@ -1,8 +1,8 @@
 """How often and how long apart what failed is tried again: one table for all of hive (C1-C4).
 
-`calls` counts the first one, too. Jitter belongs to the row: added seconds, or a share of the
-delay. Whoever retries does not begin what does not fit into its caller's deadline (C3); an exhausted
-retry names the delay that would have come next.
+`calls` counts the first one, too. Jitter belongs to the row. Whoever retries does not begin what
+does not fit into its caller's deadline (C3); an exhausted retry names the delay that would have
+come next.
 """
 
 from dataclasses import dataclass
@@ -15,12 +15,11 @@ class RetryPolicy:
     calls: int
     delays: tuple[float, ...]
     jitter_s: float = 0.0
-    jitter_share: float = 0.0
 
     def delay_s(self, calls: int, chance: float) -> float:
         """Seconds to wait after `calls` calls (1 or more) have failed; `chance` is from 0 to 1."""
         delay = self.delays[min(calls, len(self.delays)) - 1]
-        return delay * (1 + self.jitter_share * chance) + self.jitter_s * chance
+        return delay + self.jitter_s * chance
 
     def allows(self, calls: int) -> bool:
         """Whether there is another call after so many."""

@@ -142,10 +142,6 @@ class Door:
             },
         }
 
-    async def admit(self, ticket: Ticket) -> Permit:
-        """A slot, at once or after waiting for it. Raises like `enter`."""
-        return self.enter(ticket) or await self.wait(ticket)
-
     def enter(self, ticket: Ticket) -> Permit | None:
         """A slot; None: it has a place in the waiting room, and must `wait`.
 

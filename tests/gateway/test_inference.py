@@ -11,6 +11,7 @@ from hive.gateway.traffic import Traffic
 from hive.policy.admission import Ticket
 from tests.gateway.serving import CHAT, Serving, bearer, key, serving
 from tests.patience import awaited, until
+from tests.workers.standing import admitted
 
 SHORT_S = 0.05
 
@@ -69,7 +70,7 @@ async def test_without_time_to_wait_whoever_finds_none_is_told_at_once() -> None
 async def test_a_place_that_was_left_before_anybody_waited_there_keeps_no_slot() -> None:
     """The limit passes at the very beginning of the wait: the next slot is the next one's."""
     async with serving(model={"max_concurrent": 1}, timeouts={"queue_s": 0}) as it:
-        permit = await it.door.admit(Ticket())
+        permit = await admitted(it.door, Ticket())
         answer, _told = await it.chat()
         assert answer.status == 503
         permit.finished()
@@ -136,7 +137,7 @@ async def test_what_has_no_time_left_is_not_even_counted_in() -> None:
 async def test_who_has_a_moment_left_and_must_wait_keeps_no_slot() -> None:
     """Its limit passes between its arrival at the door and its wait."""
     async with serving(model={"max_concurrent": 1}) as it:
-        permit = await it.door.admit(Ticket())
+        permit = await admitted(it.door, Ticket())
         for _ in range(20):
             for left in ("0.0004", "0.0008", "0.0012", "0.002"):
                 answer, told = await it.chat(X_Hive_Timeout=left)

@@ -15,7 +15,6 @@ policies = st.builds(
     calls=st.integers(1, 9),
     delays=delays,
     jitter_s=st.floats(0, 10),
-    jitter_share=st.floats(0, 1),
 )
 
 
@@ -74,7 +73,7 @@ def test_chance_adds_what_the_row_allows_and_takes_nothing_away(
     least, most = policy.delay_s(calls, 0.0), policy.delay_s(calls, 1.0)
 
     assert least <= policy.delay_s(calls, chance) <= most * (1 + 1e-9)
-    assert most == pytest.approx(least * (1 + policy.jitter_share) + policy.jitter_s)
+    assert most == pytest.approx(least + policy.jitter_s)
 
 
 @given(rows)

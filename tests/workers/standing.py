@@ -7,9 +7,11 @@ from pathlib import Path
 from hive.devices.nvml import Driver
 from hive.devices.watch import Devices
 from hive.events import Announcer
+from hive.policy.admission import Ticket
 from hive.policy.lifecycle import State
 from hive.policy.restarts import RestartPolicy
 from hive.settings import Model, Timeouts
+from hive.workers.admission import Door, Permit
 from hive.workers.client import EngineClient
 from hive.workers.command import CommandEngine
 from hive.workers.ledger import Ledger
@@ -108,3 +110,8 @@ async def standing(worker: Worker, state: State = State.READY) -> AsyncIterator[
     finally:
         if worker.life is not None:
             await close(worker.life)
+
+
+async def admitted(door: Door, ticket: Ticket) -> Permit:
+    """A slot, at once or after waiting for it."""
+    return door.enter(ticket) or await door.wait(ticket)

@@ -26,7 +26,7 @@ from hive.settings import Breaker
 from hive.workers.admission import Door, Permit
 from hive.workers.worker import Worker
 from tests.patience import awaited, until
-from tests.workers.standing import HandPulse, die, live, move, standing, worker_named
+from tests.workers.standing import HandPulse, admitted, die, live, move, standing, worker_named
 
 E = TypeVar("E", bound=Event)
 COOLDOWN_S = 0.05
@@ -64,12 +64,12 @@ class Entrance:
 
     async def refused(self, ticket: Ticket | None = None) -> HiveError:
         with pytest.raises(HiveError) as caught:
-            await self.door.admit(ticket or Ticket())
+            await admitted(self.door, ticket or Ticket())
         return caught.value
 
     async def fails(self, times: int) -> None:
         for _ in range(times):
-            permit = await self.door.admit(Ticket())
+            permit = await admitted(self.door, Ticket())
             permit.judge(fault=True)
             permit.finished()
 
@@ -112,7 +112,7 @@ class Crowd:
 
         async def ask() -> Permit | BaseException:
             try:
-                permit = await self._door.admit(Ticket(**ticket))
+                permit = await admitted(self._door, Ticket(**ticket))
             except HiveError as error:
                 return error
             self.order.append(name)
@@ -138,7 +138,7 @@ class Crowd:
 @awaited
 async def test_a_free_slot_is_given_at_once() -> None:
     async with entrance(slots=2) as it:
-        permits = [await it.door.admit(Ticket()) for _ in range(2)]
+        permits = [await admitted(it.door, Ticket()) for _ in range(2)]
 
         assert (it.door.in_flight, it.door.waiting) == (2, 0)
         assert permits[0].life is it.worker.life
@@ -167,7 +167,7 @@ async def test_without_a_place_it_is_refused_at_once_with_the_numbers() -> None:
     """Before anything was forwarded (R040, R055, R056, R057, R058)."""
     async with entrance(count=2, slots=2, depth=1) as it, asyncio.TaskGroup() as tasks:
         for _ in range(4):
-            await it.door.admit(Ticket())
+            await admitted(it.door, Ticket())
         crowd = Crowd(it.door, tasks)
         await crowd.comes("a")
         await crowd.comes("b")
@@ -192,7 +192,7 @@ async def test_without_a_place_it_is_refused_at_once_with_the_numbers() -> None:
 @awaited
 async def test_where_nobody_may_wait_the_slots_are_busy() -> None:
     async with entrance(depth=0) as it:
-        await it.door.admit(Ticket())
+        await admitted(it.door, Ticket())
 
         assert (await it.refused()).details["reason"] == "slots_busy"
         assert it.heard(RequestRefused) == [RequestRefused("m", "slots_busy")]
@@ -218,7 +218,7 @@ async def test_who_waits_goes_in_by_arrival_within_priority() -> None:
 @awaited
 async def test_how_far_off_a_hint_was_is_told_when_a_place_is_free() -> None:
     async with entrance(depth=0) as it:
-        permit = await it.door.admit(Ticket())
+        permit = await admitted(it.door, Ticket())
         error = await it.refused()
         assert it.heard(HintJudged) == []
         permit.finished()
@@ -234,7 +234,7 @@ async def test_a_session_goes_to_the_same_worker_while_it_has_a_slot() -> None:
     async with entrance(count=4, slots=2) as it:
         found = set()
         for _ in range(6):
-            permit = await it.door.admit(Ticket(session="abc"))
+            permit = await admitted(it.door, Ticket(session="abc"))
             found.add(permit.worker.id)
             permit.finished()
 
@@ -244,7 +244,7 @@ async def test_a_session_goes_to_the_same_worker_while_it_has_a_slot() -> None:
 @awaited
 async def test_whoever_waited_too_long_is_told_when_to_come_back() -> None:
     async with entrance() as it:
-        permit = await it.door.admit(Ticket())
+        permit = await admitted(it.door, Ticket())
         error = it.door.queue_timeout(5)
         permit.finished()
 
@@ -280,7 +280,7 @@ async def test_who_leaves_in_the_moment_in_which_it_is_let_in_gives_its_slot_bac
     """Cancelled after the slot was given, before its task ran."""
     async with entrance() as it, asyncio.TaskGroup() as tasks:
         crowd = Crowd(it.door, tasks)
-        first = await it.door.admit(Ticket())
+        first = await admitted(it.door, Ticket())
         await crowd.comes("a")
         await crowd.comes("b")
         first.finished()
@@ -298,7 +298,7 @@ async def test_who_leaves_in_the_moment_in_which_it_is_let_in_gives_its_slot_bac
 async def test_who_leaves_in_the_moment_in_which_it_is_turned_away_leaves_nothing() -> None:
     async with entrance() as it, asyncio.TaskGroup() as tasks:
         crowd = Crowd(it.door, tasks)
-        permit = await it.door.admit(Ticket())
+        permit = await admitted(it.door, Ticket())
         await crowd.comes("a")
         move(it.worker, State.DRAINING)
         crowd.waiting["a"].cancel()
@@ -313,7 +313,7 @@ async def test_who_leaves_just_before_a_slot_is_free_is_not_let_in() -> None:
     """Cancelled, and before its task ran the slot was given: to the next one."""
     async with entrance() as it, asyncio.TaskGroup() as tasks:
         crowd = Crowd(it.door, tasks)
-        first = await it.door.admit(Ticket())
+        first = await admitted(it.door, Ticket())
         await crowd.comes("a")
         await crowd.comes("b")
         crowd.waiting["a"].cancel()
@@ -330,7 +330,7 @@ async def test_who_leaves_just_before_its_worker_goes_stops_nobody() -> None:
     """The worker's own task would end with it, and hive with that."""
     async with entrance() as it, asyncio.TaskGroup() as tasks:
         crowd = Crowd(it.door, tasks)
-        permit = await it.door.admit(Ticket())
+        permit = await admitted(it.door, Ticket())
         await crowd.comes("a")
         crowd.waiting["a"].cancel()
         move(it.worker, State.DRAINING)
@@ -345,7 +345,7 @@ async def test_who_leaves_just_before_its_worker_goes_stops_nobody() -> None:
 @awaited
 async def test_an_answer_that_came_to_its_end_frees_its_slot() -> None:
     async with entrance() as it:
-        permit = await it.door.admit(Ticket())
+        permit = await admitted(it.door, Ticket())
         permit.began(3)
         assert it.pulse.open_weight == 3
         permit.finished()
@@ -360,7 +360,7 @@ async def test_an_abort_holds_its_slot_until_the_engine_has_stopped_too() -> Non
     """(R050)"""
     async with entrance() as it, asyncio.TaskGroup() as tasks:
         crowd = Crowd(it.door, tasks)
-        permit = await it.door.admit(Ticket())
+        permit = await admitted(it.door, Ticket())
         permit.began(2)
         await crowd.comes("next")
         permit.aborted("r1")
@@ -381,7 +381,7 @@ async def test_an_abort_holds_its_slot_until_the_engine_has_stopped_too() -> Non
 @awaited
 async def test_an_aborts_end_is_told_as_the_engine_told_it(confirmed: str) -> None:
     async with entrance() as it:
-        permit = await it.door.admit(Ticket())
+        permit = await admitted(it.door, Ticket())
         permit.began(1)
         permit.aborted("r1")
         it.pulse.confirm(confirmed)
@@ -394,7 +394,7 @@ async def test_an_aborts_end_is_told_as_the_engine_told_it(confirmed: str) -> No
 async def test_an_abort_that_is_never_confirmed_ends_with_its_engine() -> None:
     """No slot outlives the processes that it stands for (R051)."""
     async with entrance() as it:
-        permit = await it.door.admit(Ticket())
+        permit = await admitted(it.door, Ticket())
         permit.began(1)
         permit.aborted("r1")
         assert it.door.in_flight == 1
@@ -407,7 +407,7 @@ async def test_an_abort_that_is_never_confirmed_ends_with_its_engine() -> None:
 @awaited
 async def test_what_was_never_sent_needs_no_confirmation() -> None:
     async with entrance() as it:
-        permit = await it.door.admit(Ticket())
+        permit = await admitted(it.door, Ticket())
         permit.aborted("r1")
 
         assert it.door.in_flight == 0
@@ -417,7 +417,7 @@ async def test_what_was_never_sent_needs_no_confirmation() -> None:
 @awaited
 async def test_an_abort_after_the_end_changes_nothing() -> None:
     async with entrance() as it:
-        permit = await it.door.admit(Ticket())
+        permit = await admitted(it.door, Ticket())
         permit.began(1)
         permit.finished()
         permit.aborted("r1")
@@ -430,11 +430,11 @@ async def test_an_abort_after_the_end_changes_nothing() -> None:
 @awaited
 async def test_a_slot_of_an_earlier_life_is_no_slot_of_the_next_ones() -> None:
     async with entrance(slots=2) as it:
-        old = await it.door.admit(Ticket())
+        old = await admitted(it.door, Ticket())
         old.began(1)
         await die(it.worker)
         await live(it.worker)
-        new = await it.door.admit(Ticket())
+        new = await admitted(it.door, Ticket())
         new.began(1)
         old.finished()
 
@@ -451,9 +451,9 @@ def test_the_first_end_of_a_permit_counts_and_every_other_does_nothing(ends: lis
 
     async def story() -> None:
         async with entrance(slots=2) as it:
-            other = await it.door.admit(Ticket())
+            other = await admitted(it.door, Ticket())
             other.began(3)
-            permit = await it.door.admit(Ticket())
+            permit = await admitted(it.door, Ticket())
             permit.began(2)
 
             def end() -> None:
@@ -482,7 +482,7 @@ def test_the_first_end_of_a_permit_counts_and_every_other_does_nothing(ends: lis
 async def test_what_the_engine_broke_off_itself_is_no_cancellation() -> None:
     """Its slot is held until the engine confirms, as for one that was cancelled."""
     async with entrance() as it:
-        permit = await it.door.admit(Ticket())
+        permit = await admitted(it.door, Ticket())
         permit.began(1)
         permit.aborted(None)
         assert (it.door.in_flight, it.pulse.aborted_weight) == (1, 1)
@@ -522,7 +522,7 @@ async def test_who_waits_for_a_worker_that_goes_is_told_why_at_once(
 ) -> None:
     async with entrance() as it, asyncio.TaskGroup() as tasks:
         crowd = Crowd(it.door, tasks)
-        permit = await it.door.admit(Ticket())
+        permit = await admitted(it.door, Ticket())
         await crowd.comes("a")
         move(it.worker, state)
 
@@ -536,7 +536,7 @@ async def test_who_waits_for_a_worker_that_goes_is_told_why_at_once(
 async def test_while_another_worker_serves_whoever_waits_goes_on_waiting() -> None:
     async with entrance(count=2) as it, asyncio.TaskGroup() as tasks:
         crowd = Crowd(it.door, tasks)
-        held = [await it.door.admit(Ticket()) for _ in range(2)]
+        held = [await admitted(it.door, Ticket()) for _ in range(2)]
         await crowd.comes("a")
         await crowd.comes("pinned", pinned="m-0")
         await die(it.workers[0])
@@ -551,7 +551,7 @@ async def test_while_another_worker_serves_whoever_waits_goes_on_waiting() -> No
 async def test_when_hive_stops_everybody_who_waits_is_told_and_nobody_goes_in() -> None:
     async with entrance() as it, asyncio.TaskGroup() as tasks:
         crowd = Crowd(it.door, tasks)
-        permit = await it.door.admit(Ticket())
+        permit = await admitted(it.door, Ticket())
         for name in ("a", "b"):
             await crowd.comes(name)
         it.door.shut()
@@ -570,7 +570,7 @@ async def test_who_avoids_the_only_worker_that_serves_gets_it_after_all() -> Non
     """Who failed it before is better than nobody."""
     async with entrance(count=2) as it:
         await die(it.workers[1], State.LOADING)
-        permit = await it.door.admit(Ticket(avoid=frozenset({"m-0"})))
+        permit = await admitted(it.door, Ticket(avoid=frozenset({"m-0"})))
 
         assert permit.worker.id == "m-0"
 
@@ -579,7 +579,7 @@ async def test_who_avoids_the_only_worker_that_serves_gets_it_after_all() -> Non
 async def test_who_waits_avoiding_a_worker_is_not_told_of_a_breaker_that_is_closed() -> None:
     async with entrance(count=2) as it, asyncio.TaskGroup() as tasks:
         crowd = Crowd(it.door, tasks)
-        held = [await it.door.admit(Ticket()) for _ in range(2)]
+        held = [await admitted(it.door, Ticket()) for _ in range(2)]
         await crowd.comes("a", avoid=frozenset({"m-0"}))
         await die(it.workers[1], State.LOADING)
         for permit in held:
@@ -620,7 +620,7 @@ async def test_a_success_resets_the_count_and_what_says_nothing_does_not() -> No
     """(R006)"""
     async with entrance(failures=2, slots=8) as it:
         for fault in (True, False, True, None):
-            permit = await it.door.admit(Ticket())
+            permit = await admitted(it.door, Ticket())
             permit.judge(fault=fault)
             permit.finished()
         assert it.breaker == BreakerState.CLOSED
@@ -632,7 +632,7 @@ async def test_a_success_resets_the_count_and_what_says_nothing_does_not() -> No
 @awaited
 async def test_an_attempt_is_judged_once() -> None:
     async with entrance(failures=2) as it:
-        permit = await it.door.admit(Ticket())
+        permit = await admitted(it.door, Ticket())
         for _ in range(5):
             permit.judge(fault=True)
         permit.finished()
@@ -645,7 +645,7 @@ async def test_whoever_waits_for_a_worker_whose_breaker_opens_is_told() -> None:
     """(R007)"""
     async with entrance(failures=1, cooldown_s=60) as it, asyncio.TaskGroup() as tasks:
         crowd = Crowd(it.door, tasks)
-        permit = await it.door.admit(Ticket())
+        permit = await admitted(it.door, Ticket())
         await crowd.comes("a")
         permit.judge(fault=True)
 
@@ -660,7 +660,7 @@ async def test_other_workers_of_the_model_are_asked_meanwhile() -> None:
         await it.fails(1)
 
         for _ in range(3):
-            assert (await it.door.admit(Ticket())).worker.id == "m-1"
+            assert (await admitted(it.door, Ticket())).worker.id == "m-1"
         assert (await it.refused(Ticket(pinned="m-0"))).code == "CIRCUIT_BREAKER_OPEN"
 
 
@@ -670,7 +670,7 @@ async def half_open(**options: Any) -> AsyncIterator[tuple[Entrance, Permit]]:
     async with entrance(failures=1, **options) as it:
         await it.fails(1)
         await until(lambda: it.door.room.open_workers, "the pause to be over")
-        yield it, await it.door.admit(Ticket())
+        yield it, await admitted(it.door, Ticket())
 
 
 @awaited
@@ -691,9 +691,9 @@ async def test_one_success_closes_it() -> None:
     async with half_open(slots=2) as (it, probe):
         probe.judge(fault=False)
         assert it.breaker == BreakerState.CLOSED
-        permits = [await it.door.admit(Ticket())]
+        permits = [await admitted(it.door, Ticket())]
         probe.finished()
-        permits.append(await it.door.admit(Ticket()))
+        permits.append(await admitted(it.door, Ticket()))
 
         assert len(permits) == 2
         assert [(event.old, event.new) for event in it.heard(BreakerMoved)] == [
@@ -715,7 +715,7 @@ async def test_one_failure_opens_it_again_and_the_pause_begins_anew() -> None:
         assert it.door.breakers["m-0"].count == 2
         await until(lambda: it.door.room.open_workers, "the second pause to be over")
 
-        await it.door.admit(Ticket())
+        await admitted(it.door, Ticket())
         assert it.breaker == BreakerState.HALF_OPEN
 
 
@@ -732,7 +732,7 @@ async def test_a_probe_that_says_nothing_lets_the_next_one_through(how: str) -> 
             probe.aborted("r1")
             assert it.door.room.open_workers == frozenset()
             it.pulse.confirm()
-        await it.door.admit(Ticket())
+        await admitted(it.door, Ticket())
 
         assert it.breaker == BreakerState.HALF_OPEN
         assert (await it.refused()).code == "CIRCUIT_BREAKER_OPEN"
@@ -742,10 +742,10 @@ async def test_a_probe_that_says_nothing_lets_the_next_one_through(how: str) -> 
 async def test_late_news_of_an_earlier_request_is_not_the_probes() -> None:
     """(R009)"""
     async with entrance(failures=1, slots=4) as it:
-        early = [await it.door.admit(Ticket()) for _ in range(3)]
+        early = [await admitted(it.door, Ticket()) for _ in range(3)]
         early[0].judge(fault=True)
         await until(lambda: it.door.room.open_workers, "the pause to be over")
-        await it.door.admit(Ticket())
+        await admitted(it.door, Ticket())
         early[1].judge(fault=False)
         early[2].judge(fault=True)
 
@@ -762,7 +762,7 @@ async def test_a_new_process_begins_with_a_closed_breaker() -> None:
         await live(it.worker)
 
         assert it.breaker == BreakerState.CLOSED
-        await it.door.admit(Ticket())
+        await admitted(it.door, Ticket())
         assert it.heard(BreakerMoved)[-1].new == "closed"
 
 
@@ -796,11 +796,11 @@ def test_the_pause_is_over_when_its_timer_rings_even_a_little_early() -> None:
     async def story() -> None:
         async with entrance(failures=1, cooldown_s=0.0105) as it:
             for _ in range(50):
-                permit = await it.door.admit(Ticket())
+                permit = await admitted(it.door, Ticket())
                 permit.judge(fault=True)
                 permit.finished()
                 await until(lambda: it.door.room.open_workers, "the pause to be over")
-                probe = await it.door.admit(Ticket())
+                probe = await admitted(it.door, Ticket())
                 probe.judge(fault=False)
                 probe.finished()
 
@@ -810,14 +810,14 @@ def test_the_pause_is_over_when_its_timer_rings_even_a_little_early() -> None:
 @awaited
 async def test_a_late_fault_of_an_earlier_life_is_not_the_new_ones() -> None:
     async with entrance(failures=1, cooldown_s=60) as it:
-        permit = await it.door.admit(Ticket())
+        permit = await admitted(it.door, Ticket())
         await die(it.worker)
         await live(it.worker)
         permit.judge(fault=True)
         permit.finished()
 
         assert it.breaker is BreakerState.CLOSED
-        assert await it.door.admit(Ticket())
+        assert await admitted(it.door, Ticket())
 
 
 @awaited
@@ -827,7 +827,7 @@ async def test_a_late_probe_of_an_earlier_life_does_not_shut_the_new_one() -> No
         await live(it.worker)
         probe.finished()  # its answer was on its way to a slow client, say
         for _ in range(3):
-            (await it.door.admit(Ticket())).finished()
+            (await admitted(it.door, Ticket())).finished()
 
 
 # ── Conservation ────────────────────────────────────────────────────────────────────────────────

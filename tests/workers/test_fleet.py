@@ -24,7 +24,7 @@ from hive.workers.vllm import VllmEngine
 from hive.workers.worker import HINT_S, Worker
 from tests.doubles import engine_command
 from tests.patience import awaited, short_directory
-from tests.workers.standing import standing
+from tests.workers.standing import admitted, standing
 
 COMMAND = engine_command("--uds", "{socket}", "--model", "{model}")
 CPU = {"engine": "command", "device": "cpu", "command": COMMAND, "probe": "completion"}
@@ -49,13 +49,13 @@ def fleet_of(home: Path, models: dict[str, Any], **sections: Any) -> Fleet:
     return Fleet(settings, devices, ledger, announcer)
 
 
-async def admitted(fleet: Fleet, model: str = "m", pinned: str | None = None) -> Permit:
-    return await fleet.door(model).admit(Ticket(pinned=pinned))
+async def let_in(fleet: Fleet, model: str = "m", pinned: str | None = None) -> Permit:
+    return await admitted(fleet.door(model), Ticket(pinned=pinned))
 
 
 async def refused(fleet: Fleet, model: str = "m", pinned: str | None = None) -> HiveError:
     with pytest.raises(HiveError) as caught:
-        await admitted(fleet, model, pinned)
+        await let_in(fleet, model, pinned)
     return caught.value
 
 
@@ -113,12 +113,12 @@ async def in_states(fleet: Fleet, *states: State) -> AsyncIterator[list[Worker]]
 async def test_the_ready_worker_with_the_fewest_requests_is_chosen(home: Path) -> None:
     fleet = fleet_of(home, {"m": {**TWICE, "replicas": ["cpu"] * 4}})
     async with in_states(fleet, State.READY, State.READY, State.READY, State.LOADING) as workers:
-        held = [await admitted(fleet, pinned=f"m-{number}") for number in (0, 0, 1, 2, 2, 2)]
+        held = [await let_in(fleet, pinned=f"m-{number}") for number in (0, 0, 1, 2, 2, 2)]
         assert [worker.in_flight for worker in workers] == [2, 1, 3, 0]
 
-        assert (await admitted(fleet)).worker.id == "m-1"
+        assert (await let_in(fleet)).worker.id == "m-1"
         held[0].finished()
-        assert (await admitted(fleet)).worker.id == "m-0"
+        assert (await let_in(fleet)).worker.id == "m-0"
 
 
 @awaited
@@ -226,7 +226,7 @@ async def test_a_request_for_one_worker_is_never_given_to_another(home: Path) ->
     fleet = fleet_of(home, {"m": TWICE})
     async with in_states(fleet, State.READY, State.LOADING):
         for _ in range(3):
-            assert (await admitted(fleet, pinned="m-0")).worker.id == "m-0"
+            assert (await let_in(fleet, pinned="m-0")).worker.id == "m-0"
         assert (await refused(fleet, pinned="m-1")).details["reason"] == "loading"
 
 
@@ -251,7 +251,7 @@ async def test_workers_start_together_share_the_requests_and_stop_together(home:
         for worker in fleet.workers.values():
             await worker.wait_for(State.READY, State.FAILED)
         assert fleet.can_serve
-        first, second = await admitted(fleet), await admitted(fleet)
+        first, second = await let_in(fleet), await let_in(fleet)
         assert {first.worker.id, second.worker.id} == {"m-0", "m-1"}
         first.finished()
         second.finished()
@@ -289,7 +289,7 @@ async def test_what_nobody_foresaw_in_one_worker_does_not_end_the_others(home: P
         assert bad.error
         assert bad.error.code == "INTERNAL_ERROR"
         assert (await refused(fleet, "bad")).details["reason"] == "worker_failed"
-        (await admitted(fleet, "good")).finished()
+        (await let_in(fleet, "good")).finished()
 
 
 @awaited

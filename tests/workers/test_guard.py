@@ -546,6 +546,17 @@ def test_a_log_is_not_written_through_a_link(tmp_path: Path) -> None:
         Log(str(tmp_path / "log"), 100, 1)
 
 
+def test_a_log_is_no_pipe(tmp_path: Path) -> None:
+    """Whoever writes into one waits for whoever does not read."""
+    os.mkfifo(tmp_path / "log")
+    reader = os.open(tmp_path / "log", os.O_RDONLY | os.O_NONBLOCK)
+    try:
+        with pytest.raises(OSError, match="it is a pipe"):
+            Log(str(tmp_path / "log"), 100, 1)
+    finally:
+        os.close(reader)
+
+
 def test_a_log_that_cannot_be_written_holds_nobody_up() -> None:
     """A full disk costs log lines, never the engine."""
     log = Log("/dev/full", 10**9, 1)

@@ -1,6 +1,7 @@
 """An engine's pulse: what its gauges and processes tell of aborts, of progress and of hanging."""
 
 import asyncio
+import itertools
 import os
 import signal
 import socket
@@ -204,16 +205,19 @@ async def test_an_abort_is_confirmed_when_the_engine_runs_no_more_than_is_open()
 
 
 @awaited
-async def test_the_first_sample_comes_soon_and_the_others_a_tenth_of_a_second_apart() -> None:
+async def test_the_first_samples_come_soon_and_never_more_than_ten_in_a_second() -> None:
     async with watched() as it:
         it.begin(1)
         it.abort("a")
         began = time.monotonic()
-        await it.sampled(6)
-        distances = [b - a for a, b in zip(it.engine.asked, it.engine.asked[1:], strict=False)]
+        await it.sampled(12)
+        asked = it.engine.asked
 
-        assert it.engine.asked[0] - began >= FIRST_S - 0.002
-        assert all(distance >= ABORT_S - 0.002 for distance in distances)
+        assert asked[0] - began >= FIRST_S - 0.002
+        assert asked[2] - began < 2 * ABORT_S  # three soon: most engines are that quick
+        assert asked[10] - asked[0] >= 0.95
+        later = itertools.pairwise(asked[3:])
+        assert all(b - a >= ABORT_S - 0.01 for a, b in later)
 
 
 @awaited
@@ -226,7 +230,7 @@ async def test_many_aborts_ask_no_more_often_than_one() -> None:
             await asyncio.sleep(0.01)
         took_s = time.monotonic() - began
 
-        assert len(it.engine.asked) <= took_s / ABORT_S + 2
+        assert len(it.engine.asked) <= took_s / ABORT_S + 3
 
 
 @awaited
