@@ -1,0 +1,1 @@
+"""hive's relay beside other gateways: CPU time, latency, memory, and clients that leave."""
