@@ -25,8 +25,10 @@ model: engine
 demo: model
 	$(BIN)/python examples/demo.py $(DEMO)
 
+# First what needs the machine for itself, the real engine above all; then the rest, two by two.
 test: check model
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -m alone
+	$(BIN)/python -m pytest -m "not alone" -n 2 --dist worksteal
 
 check: $(STAMP)
 	$(BIN)/ruff format --check .

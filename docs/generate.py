@@ -338,6 +338,9 @@ In a stream that has begun, the error is its last event: `event: error`, then `d
 no `[DONE]`. Where the engine died inside an event, the connection is closed without the last chunk
 instead, so that no client takes what it has for the whole answer.
 
+An answer's bytes are the engine's own, chunk framing included. A stored response (`/v1/responses/{id}`)
+belongs to the key that asked for it; for any other key it does not exist.
+
 ## From a slot to its end
 
 A worker serves `max_concurrent` requests at once; `queue_depth` more may wait for each ready worker of the
@@ -357,7 +360,8 @@ requests; `hive_cancellations_total` says `confirmed="unknown"` for engines that
 
 `phase` in the error's details says which one passed. Inference ends at the latest `cleanup_s` before
 `request_s` is over, so that there is time to clean up. The answer goes out when the limit passes; the engine
-is told at the same moment. A client that reads nothing for `stall_s` is cut off.
+is told at the same moment. A client that reads nothing for `stall_s` is cut off; one that reads slowly is not, and holds
+no slot once the engine has sent all. The client's own limit counts while its body comes, too.
 
 An engine that does not stop within `cleanup_s` and makes no progress meanwhile (tokens, KV cache, CPU time), or
 that has requests and makes none for the longer of `inference_s` and `stall_s` plus `cleanup_s`, hangs: its
@@ -366,8 +370,10 @@ processes are ended, whatever else was in flight is told WORKER_HUNG, and it sta
 A request that no byte of an answer was sent for goes to another ready worker of the model at once when its
 worker crashed, hung up or accepted no connection. The only worker is asked again after 1, 2, 4 and 8 s (and up
 to 1 s more), 5 times in all, unless it crashed; RETRY_BACKOFF says that the next time would be too late for the
-request's deadline. Five faults in a row (5xx, broken connections) open a worker's breaker for `cooldown_s`:
-CIRCUIT_BREAKER_OPEN, until one request has tried it.
+request's deadline. While hive drains, whoever waits or pauses is told to come back, and answers on
+their way are finished within `drain_s`. Five faults in a row (5xx, broken connections) open a worker's breaker for `cooldown_s`:
+CIRCUIT_BREAKER_OPEN, until one request has tried it and its answer has begun. However often one request was
+tried, it is one fault.
 """
 
 

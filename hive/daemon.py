@@ -10,12 +10,13 @@ import logging
 import os
 import signal
 import socket
+import time
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager, contextmanager
 
 from hive.devices import nvml
 from hive.devices.watch import Devices
-from hive.events import Announcer, DaemonMoved
+from hive.events import COUNTED, Announcer, DaemonMoved, RequestEnded
 from hive.gateway.app import Gateway
 from hive.gateway.listener import listening, raise_descriptor_limit
 from hive.policy.lifecycle import State
@@ -52,8 +53,9 @@ async def serve_supervised(
     preflight.prepare_directories(settings)
     with only_daemon(settings):
         announcer = Announcer()
-        announcer.listen(logs.write)
-        announcer.listen(systemd.Progress(notifier, settings).hear)
+        announcer.listen(logs.write, deaf_to=COUNTED)
+        progress = systemd.Progress(notifier, settings)
+        announcer.listen(progress.hear, deaf_to=(RequestEnded, *COUNTED))
         # Orphans of a killed guard come to hive, not to init.
         guard.become_subreaper()
         ledger = Ledger(settings.server.state_dir / "ledger", announcer.announce)
@@ -77,7 +79,9 @@ async def serve_supervised(
         async with (
             metrics.measuring_lag(),
             rechecking(ledger),
-            listening(gateway.app, settings, announcer, inherited, most_connections),
+            listening(
+                gateway.app, settings, announcer, inherited, most_connections, gateway.entrance
+            ),
             fleet.running(),
             devices.watching(),
         ):
@@ -88,7 +92,10 @@ async def serve_supervised(
             why = fleet.verdict.message if fleet.verdict else ""
             announcer.announce(DaemonMoved("stopping", why))
             gateway.close_streams()
+            by = time.monotonic() + settings.server.drain_s
             await stop_fleet(fleet, stop_asked)
+            if not fleet.verdict:
+                await unless(stop_asked.second, gateway.finish(by))
         await ledger.close()
         driver.close()
         announcer.announce(DaemonMoved("stopped"))

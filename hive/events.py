@@ -4,7 +4,7 @@ Whoever causes a fact announces it once; metrics, logs and the event stream only
 """
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from contextvars import ContextVar
 from dataclasses import dataclass
 
@@ -268,17 +268,37 @@ class DaemonMoved(Event):
 Listener = Callable[[Event], None]
 
 
+# What metrics count, and what the end of a request tells in logs and streams: there would be too many.
+COUNTED: tuple[type[Event], ...] = (
+    DeviceRead,
+    HintJudged,
+    RequestAborted,
+    RequestAdmitted,
+    RequestExpired,
+    RequestRefused,
+    RetriesEnded,
+)
+
+
 class Announcer:
     """Hands each event to every listener, in order, in the announcing task."""
 
     def __init__(self) -> None:
-        self._listeners: list[Listener] = []
+        self._listeners: list[tuple[Listener, frozenset[type[Event]]]] = []
+        self._hearing: dict[type[Event], list[Listener]] = {}  # worked out once for each kind
 
-    def listen(self, listener: Listener) -> None:
-        self._listeners.append(listener)
+    def listen(self, listener: Listener, deaf_to: Collection[type[Event]] = ()) -> None:
+        """`listener` hears whatever is announced from now on, but for some kinds of events."""
+        self._listeners.append((listener, frozenset(deaf_to)))
+        self._hearing.clear()
 
     def announce(self, event: Event) -> None:
-        for listener in self._listeners:
+        kind = type(event)
+        hearing = self._hearing.get(kind)
+        if hearing is None:
+            hearing = [listener for listener, deaf_to in self._listeners if kind not in deaf_to]
+            self._hearing[kind] = hearing
+        for listener in hearing:
             try:
                 listener(event)
             except Exception:  # a boundary: a broken listener must not stop the fact's cause

@@ -5,6 +5,16 @@ from collections.abc import Callable
 
 import pytest
 
+# These look at what the whole host has: its groups, its shared memory, other people's processes.
+HOST_WIDE = {
+    "test_asking.py",
+    "test_cgroup.py",
+    "test_guard.py",
+    "test_init.py",
+    "test_leftovers.py",
+    "test_process.py",
+}
+LONG = {"test_kills.py", "test_overload.py", "test_permits.py", "test_soak.py"}
 pytest_plugins = [
     "steps.leaks",
     "steps.driver",
@@ -37,3 +47,11 @@ def pytest_bdd_apply_tag(tag: str, function: Callable[..., object]) -> bool | No
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--soak", action="store_true", help="Many times over what is done once.")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Most tests may run side by side; what takes long begins first, so that nobody waits for it."""
+    for item in items:
+        if item.get_closest_marker("engine") is not None or item.path.name in HOST_WIDE:
+            item.add_marker(pytest.mark.alone)
+    items.sort(key=lambda item: item.path.name not in LONG)

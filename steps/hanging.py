@@ -145,8 +145,9 @@ def _(story: Story, count: int) -> None:
 
 @then("one replica has answered all of them")
 def _(story: Story) -> None:
-    workers = {line["worker"] for line in story.hive.logged("request", path=CHAT)}
-    assert len(workers) == 1
+    asked = int(story.hive.metric("hive_requests_total", model=MODEL, status="200"))
+    must(lambda: len(story.hive.logged("request", path=CHAT)) == asked, 3, "a line for each")
+    assert len({line["worker"] for line in story.hive.logged("request", path=CHAT)}) == 1
 
 
 @when(parsers.parse('the engine of "{worker}" is killed'))
@@ -221,6 +222,24 @@ def _(story: Story) -> None:
 
 
 # ── draining ────────────────────────────────────────────────────────────────────────────────────
+
+
+@given("a chat will be sent again in a moment")
+def _(story: Story) -> None:
+    story.begin()
+    must(
+        lambda: any(line["event"] == "request is sent again" for line in story.hive.log),
+        5,
+        "the pause before the second attempt",
+    )
+
+
+@then("the waiting client is told to come back, for hive drains")
+def _(story: Story) -> None:
+    answer = story.client.answer
+    assert (answer.status, answer.code) == (503, "SERVICE_UNAVAILABLE"), answer.body
+    assert answer.headers["x-hive-reason"] == "draining"
+    assert int(answer.headers["retry-after"]) >= 1
 
 
 @then("hive is not ready, and says that it drains")

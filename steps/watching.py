@@ -5,7 +5,7 @@ from collections import Counter
 
 from pytest_bdd import given, parsers, then, when
 
-from steps.driver import journal
+from steps.driver import chat_body, journal
 from steps.story import CHAT, MODEL, WORKER, Story
 from steps.waiting import must
 
@@ -97,6 +97,7 @@ def _(story: Story, request_id: str, status: int) -> None:
 
 @then(parsers.parse("that line is a {level} with the code {code}"))
 def _(story: Story, level: str, code: str) -> None:
+    must(lambda: any(line.get("code") for line in story.hive.logged("request")), 3, "the line")
     line = [line for line in story.hive.logged("request") if line.get("code")][-1]
     assert (line["level"], line["code"]) == (level, code)
 
@@ -120,6 +121,8 @@ def _(story: Story, event: str, key: str, value: str) -> None:
 @then("probes and scrapes leave no access lines")
 def _(story: Story) -> None:
     quiet = ("/livez", "/readyz", "/metrics")
+    story.ask("POST", CHAT, chat_body(MODEL))
+    must(lambda: story.hive.logged("request", path=CHAT), 3, "a line that came after theirs")
     assert not [line for line in story.hive.logged("request") if line["path"] in quiet]
 
 

@@ -14,6 +14,14 @@ Feature: Draining
       And 16 tokens arrive, all of them and in order
       And hive ends within 5 seconds with exit code 0
 
+    Scenario: A request pauses before it is sent again
+      Given an engine that hangs up on its next 9 requests
+      And hive is serving
+      And a chat will be sent again in a moment
+      When a client sends "POST" to "/hive/v1/drain"
+      Then the waiting client is told to come back, for hive drains
+      And hive ends within 5 seconds with exit code 0
+
     Scenario: A service manager stops hive meanwhile
       Given an engine that takes 20 ms for each token
       And hive is serving

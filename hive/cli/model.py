@@ -4,8 +4,9 @@ import json
 import os
 import secrets
 import shutil
-import subprocess
+import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from hive.cli.installing import sigterm_unwinds
 from hive.cli.output import json_option, print_json, say
 from hive.errors import OperationTimeout, StorageWriteFailed, ValidationFailed, WorkerSpawnFailed
 from hive.workers import environment
+from hive.workers.asking import ask
 
 SCRIPT = Path(environment.__file__).with_name("tiny_model.py")
 # Three seconds on a quiet host; importing torch from a cold disk takes the most of it.
@@ -113,31 +115,27 @@ def _beside(target: Path) -> Iterator[Path]:
 def _write(python: Path, directory: Path, seed: int) -> dict[str, Any]:
     # -P: the script's own directory must not hide the environment's packages.
     command = (str(python), "-P", str(SCRIPT), str(directory), str(seed))
-    try:
-        done = subprocess.run(
-            command,
-            env=_environment(),
-            stdin=subprocess.DEVNULL,
-            capture_output=True,
-            text=True,
-            errors="replace",
-            timeout=LIMIT_S,
-            check=False,
-        )
-    except subprocess.TimeoutExpired as exc:
-        raise OperationTimeout(
-            f"The model was not written within {LIMIT_S} s.",
-            action="Look at what keeps the host busy, then try again.",
-            timeout_seconds=LIMIT_S,
-        ) from exc
-    if done.returncode:
-        last = [line for line in done.stderr.splitlines() if line.strip()][-LAST_LINES:]
+    stop = threading.Event()
+    with ThreadPoolExecutor(1) as threads:
+        asking = threads.submit(ask, command, LIMIT_S, stop, _environment())
+        try:
+            done = asking.result()
+        except TimeoutError as exc:
+            raise OperationTimeout(
+                f"The model was not written within {LIMIT_S} s.",
+                action="Look at what keeps the host busy, then try again.",
+                timeout_seconds=LIMIT_S,
+            ) from exc
+        finally:
+            stop.set()  # a signal: the thread ends it, and is waited for
+    if done.status:
+        last = [line for line in done.complaint.splitlines() if line.strip()][-LAST_LINES:]
         raise WorkerSpawnFailed(
-            f"The model could not be made: {last[-1] if last else f'exit {done.returncode}'}",
+            f"The model could not be made: {last[-1] if last else f'exit {done.status}'}",
             action=f"Check that {python} can import transformers; 'hive engine install cpu' makes one that can.",
             problems=last,
         )
-    facts: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    facts: dict[str, Any] = json.loads(done.said.splitlines()[-1])
     return facts
 
 

@@ -2,21 +2,32 @@
 
 import asyncio
 import logging
+import time
 from collections.abc import Awaitable, Callable
 
 from aiohttp import web
 
 from hive.devices.watch import Devices
-from hive.errors import HiveError, HttpError, InternalError, NotFound, RequestCancelled
-from hive.events import Announcer, request_id_var
+from hive.errors import (
+    HiveError,
+    HttpError,
+    InternalError,
+    NotFound,
+    RequestCancelled,
+    ServiceUnavailable,
+)
+from hive.events import COUNTED, Announcer, request_id_var
 from hive.gateway import problems
 from hive.gateway.admin import Admin, MetricsText
+from hive.gateway.answer import ClientLeft
 from hive.gateway.auth import Doorkeeper
 from hive.gateway.inference import Inference
-from hive.gateway.relay import ClientLeft
+from hive.gateway.line import sent
+from hive.gateway.listener import Entrance
 from hive.gateway.stream import EventStream
 from hive.gateway.traffic import Passage, Traffic
 from hive.settings import Settings
+from hive.workers.admission import DRAINING_HINT_S
 from hive.workers.fleet import Fleet
 from hive.workers.ledger import Ledger
 
@@ -41,15 +52,41 @@ class Gateway:
         self._doorkeeper = Doorkeeper(settings.auth.keys)
         self._traffic = Traffic(announcer)
         stream = EventStream()
-        announcer.listen(stream.hear)
+        announcer.listen(stream.hear, deaf_to=COUNTED)
         self._admin = Admin(fleet, devices, ledger, self._traffic, stream, metrics, drain)
-        inference = Inference(settings, fleet, announcer)
+        self._inference = Inference(settings, fleet, announcer)
         self.app = web.Application(middlewares=[self._answer])
-        self.app.add_routes([*self._admin.routes(), *inference.routes()])
+        self.app.add_routes([*self._admin.routes(), *self._inference.routes()])
+
+    def entrance(self, routed: Entrance) -> Entrance:
+        """What every request meets first: inference goes past aiohttp's routing, the rest there."""
+        inference = self._inference
+
+        async def enter(request: web.BaseRequest) -> web.StreamResponse:
+            if inference.takes(request):
+                assert isinstance(request, web.Request)
+                return await self._answer(request, inference.infer)
+            return await routed(request)
+
+        return enter
 
     def close_streams(self) -> None:
         """End event streams and followed logs, which would never end by themselves."""
         self._admin.closing.set()
+
+    async def finish(self, by: float) -> None:
+        """Let every request have its answer until `by` (monotonic seconds), then end them all."""
+        try:
+            async with asyncio.timeout(max(0.0, by - time.monotonic())):
+                await self._traffic.ended()
+        except TimeoutError:
+            self._traffic.cancel_all(
+                ServiceUnavailable(
+                    "hive stopped before the request was answered.",
+                    reason="draining",
+                    retry_after_s=DRAINING_HINT_S,
+                )
+            )
 
     @web.middleware
     async def _answer(self, request: web.Request, handler: Handler) -> web.StreamResponse:
@@ -63,7 +100,9 @@ class Gateway:
                 passage.code = RequestCancelled.code
                 passage.status = RequestCancelled.status
                 if isinstance(exc, ClientLeft):
-                    return web.Response(status=RequestCancelled.status)  # nobody reads it
+                    if request.transport is not None:
+                        request.transport.abort()
+                    return sent(RequestCancelled.status, is_kept=False)  # nobody reads it
                 raise
             finally:
                 request_id_var.reset(token)
@@ -74,10 +113,10 @@ class Gateway:
         self, request: web.Request, handler: Handler, passage: Passage
     ) -> web.StreamResponse:
         try:
-            self._traffic.refuse_duplicate(request, passage)
             caller = self._doorkeeper.admit(request)
             request["caller"] = caller
             passage.key = caller.name
+            self._traffic.refuse_duplicate(request, passage)  # ids are not told to strangers
             response = await handler(request)
         except HiveError as exc:
             error = exc
@@ -95,7 +134,10 @@ class Gateway:
                 _sign(response, passage)
             return response
         passage.code = error.code
-        return _sign(problems.response(error, passage.request_id), passage)
+        transport = request.transport
+        if transport is None or transport.is_closing() or request.method == "HEAD":
+            return _sign(problems.response(error, passage.request_id), passage)
+        return problems.write(error, request, transport, passage.request_id)
 
 
 def _sign(response: web.StreamResponse, passage: Passage) -> web.StreamResponse:

@@ -1,9 +1,10 @@
 """A request's body, received within its bounds, and the model it names."""
 
 import asyncio
+import math
 import re
-from collections.abc import AsyncIterator, Iterator
-from contextlib import asynccontextmanager
+import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import msgspec
@@ -17,7 +18,9 @@ from hive.errors import (
     ServiceUnavailable,
     ValidationFailed,
 )
+from hive.gateway.traffic import Passage
 from hive.settings import Server
+from hive.workers.interrupt import Interrupt
 
 MIB = 2**20
 _BOUNDARY = re.compile(r'boundary="?([^";,]{1,200})"?', re.IGNORECASE)
@@ -27,6 +30,9 @@ _MODEL_BYTES = 256
 
 
 _MOST_WEIGHT = 100_000
+_UNCOUNTED = frozenset({"tokenize", "detokenize"})  # the engine runs nothing for them
+_OF_INPUTS = frozenset({"embeddings", "pooling", "classify"})
+_OF_PAIRS = frozenset({"rerank", "score"})
 
 
 class _Named(msgspec.Struct):
@@ -38,6 +44,8 @@ class _Named(msgspec.Struct):
     prompt: msgspec.Raw = msgspec.Raw(b"")
     input: msgspec.Raw = msgspec.Raw(b"")
     documents: msgspec.Raw = msgspec.Raw(b"")
+    text_1: msgspec.Raw = msgspec.Raw(b"")
+    text_2: msgspec.Raw = msgspec.Raw(b"")
 
 
 _decoder = msgspec.json.Decoder(_Named)
@@ -53,6 +61,27 @@ class Asked:
     weight: int = 1
 
 
+class Body:
+    """A request's body, whole; it counts against `max_buffered_mib` until it is released."""
+
+    __slots__ = ("_intake", "_size", "data")
+
+    def __init__(self, intake: "Intake") -> None:
+        self._intake = intake
+        self._size = 0
+        self.data = b""
+
+    def grows(self, size: int) -> None:
+        """More of it has come. Raises PayloadTooLarge, ServiceUnavailable."""
+        self._size += size
+        self._intake.has_more(size, self._size)
+
+    def release(self) -> None:
+        """Nobody needs it any more; releasing it again does nothing."""
+        self._intake.held -= self._size
+        self._size, self.data = 0, b""
+
+
 class Intake:
     """Receives bodies; all that are held at once stay below `max_buffered_mib`."""
 
@@ -62,14 +91,16 @@ class Intake:
         self._body_s = server.body_s
         self.held = 0  # bytes
 
-    @asynccontextmanager
-    async def receive(self, request: web.Request) -> AsyncIterator[bytes]:
-        """The whole body; its room is given back when the block ends.
+    async def receive(
+        self, request: web.Request, passage: Passage, own_s: float | None = None
+    ) -> Body:
+        """The whole body. `own_s` is the caller's own limit, seconds from its arrival.
 
-        Raises PayloadTooLarge, RequestTimeout (phase body), HttpError 415, ServiceUnavailable.
+        Raises PayloadTooLarge, RequestTimeout (phase body, or request), HttpError 415,
+        ServiceUnavailable, or what cancelled the request.
         """
-        encoding = request.headers.get("Content-Encoding", "").lower() or "identity"
-        if encoding != "identity":
+        encoding = request.headers.get("Content-Encoding")
+        if encoding and encoding.lower() != "identity":
             raise HttpError(
                 "The body has a Content-Encoding; hive and its engines take plain bodies only.",
                 status=415,
@@ -77,39 +108,67 @@ class Intake:
             )
         if (request.content_length or 0) > self._most:
             raise self._too_large()
-        parts: list[bytes] = []
-        size = 0
+        body = Body(self)
         try:
-            try:
-                async with asyncio.timeout(self._body_s):
+            content = request.content
+            if content.is_eof() and content.exception() is None:  # it came with the head
+                data = content.read_nowait()
+                body.grows(len(data))
+                body.data = data
+            else:
+                await self._gather(request, passage, own_s, body)
+        except BaseException:
+            body.release()
+            raise
+        return body
+
+    async def _gather(
+        self, request: web.Request, passage: Passage, own_s: float | None, body: Body
+    ) -> None:
+        parts: list[bytes] = []
+        own_left_s = math.inf if own_s is None else own_s + passage.began - time.monotonic()
+        limit_s = max(0.0, min(self._body_s, own_left_s))
+        interrupt = Interrupt()
+        try:
+            with passage.ended_by(interrupt):
+                async with interrupt, asyncio.timeout(limit_s):
                     async for part in request.content.iter_any():
-                        size += len(part)
-                        self.held += len(part)
+                        body.grows(len(part))
                         parts.append(part)
-                        if size > self._most:
-                            raise self._too_large()
-                        if self.held > self._most_together:
-                            raise ServiceUnavailable(
-                                "Too many request bodies are being received.",
-                                reason="bodies_full",
-                                retry_after_s=1.0,
-                            )
-            except TimeoutError:
-                raise RequestTimeout(
-                    f"The request's body did not arrive within {self._body_s:g} s.",
-                    phase="body",
-                    timeout_seconds=self._body_s,
-                    action="Send the body faster, or raise server.body_s.",
-                ) from None
-            except web.RequestPayloadError as exc:
-                raise ValidationFailed("The request's body is not valid HTTP.") from exc
-            except ConnectionError as exc:
-                raise RequestCancelled from exc
-            body = b"".join(parts)
-            parts.clear()  # else a body is held twice
-            yield body
-        finally:
-            self.held -= size
+        except TimeoutError:
+            raise self._late(passage, own_s if own_left_s < self._body_s else None) from None
+        except web.RequestPayloadError as exc:
+            raise ValidationFailed("The request's body is not valid HTTP.") from exc
+        except ConnectionError as exc:
+            raise RequestCancelled from exc
+        body.data = b"".join(parts)
+
+    def has_more(self, size: int, of_one: int) -> None:
+        """So much more is held, and so much of one body. Raises PayloadTooLarge, ServiceUnavailable."""
+        self.held += size
+        if of_one > self._most:
+            raise self._too_large()
+        if self.held > self._most_together:
+            raise ServiceUnavailable(
+                "Too many request bodies are being received.",
+                reason="bodies_full",
+                retry_after_s=1.0,
+            )
+
+    def _late(self, passage: Passage, own_s: float | None) -> RequestTimeout:
+        if own_s is None:
+            return RequestTimeout(
+                f"The request's body did not arrive within {self._body_s:g} s.",
+                phase="body",
+                timeout_seconds=self._body_s,
+                action="Send the body faster, or raise server.body_s.",
+            )
+        return RequestTimeout(
+            "The request's own deadline passed before its body was there.",
+            phase="request",
+            timeout_seconds=max(0.0, own_s),
+            elapsed_seconds=round(time.monotonic() - passage.began, 3),
+        )
 
     def _too_large(self) -> PayloadTooLarge:
         most = self._most / MIB
@@ -118,7 +177,7 @@ class Intake:
         )
 
 
-def asked_in(body: bytes, content_type: str) -> Asked:
+def asked_in(body: bytes, content_type: str, path: str) -> Asked:
     """What a body asks for. Raises ValidationFailed that says what is wrong, never echoing."""
     if content_type.lower().startswith("multipart/"):
         return Asked(_model_in_multipart(body, content_type))
@@ -137,11 +196,25 @@ def asked_in(body: bytes, content_type: str) -> Asked:
         raise ValidationFailed("The request's body is nested too deeply.") from None
     if not named.model:
         raise ValidationFailed("'model' must not be empty.", param="model")
-    texts = _count(named.prompt) * _count(named.input) * _count(named.documents)
-    n = bytes(named.n)
-    weight = texts * max(1, int(n) if n.isdigit() and len(n) < len(str(_MOST_WEIGHT)) else 1)
     is_stream = bytes(named.stream) == b"true"
-    return Asked(named.model, is_stream, min(weight, _MOST_WEIGHT))
+    return Asked(named.model, is_stream, min(_weight(named, path), _MOST_WEIGHT))
+
+
+def _weight(named: _Named, path: str) -> int:
+    """How many requests the engine makes of it; which fields say so depends on the path."""
+    leaf = path.rpartition("/")[2]
+    if leaf in _UNCOUNTED:
+        return 0
+    if leaf == "completions":
+        n = bytes(named.n)
+        choices = int(n) if n.isdigit() and len(n) < len(str(_MOST_WEIGHT)) else 1
+        is_chat = path.endswith("/chat/completions")
+        return max(1, choices) * (1 if is_chat else _count(named.prompt))
+    if leaf in _OF_INPUTS:
+        return _count(named.input)
+    if leaf in _OF_PAIRS:
+        return max(_count(named.documents), _count(named.text_1), _count(named.text_2))
+    return 1
 
 
 def _count(texts: msgspec.Raw) -> int:

@@ -1,12 +1,10 @@
 """Inference: the model that a request names, a slot of a worker of it, and the relay."""
 
+import functools
 import logging
 import re
 import time
 from collections import OrderedDict
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import replace
 
 from aiohttp import web
 
@@ -19,14 +17,16 @@ from hive.errors import (
 )
 from hive.events import Announcer, RequestAdmitted, RequestExpired
 from hive.gateway import wishes
+from hive.gateway.answer import ClientLeft
 from hive.gateway.auth import Caller
-from hive.gateway.bodies import Asked, Intake, asked_in
+from hive.gateway.bodies import Asked, Body, Intake, asked_in
 from hive.gateway.clock import Clock
-from hive.gateway.relay import ClientLeft, Relay, Unanswered
+from hive.gateway.relay import Relay, Unanswered
 from hive.gateway.retrying import Retries
 from hive.gateway.traffic import Passage
 from hive.policy.admission import Ticket
 from hive.policy.deadlines import Deadline, Due, Limits, Phase
+from hive.policy.quota import Quota
 from hive.settings import Settings
 from hive.workers.admission import Door, Permit
 from hive.workers.fleet import Fleet
@@ -34,7 +34,6 @@ from hive.workers.fleet import Fleet
 log = logging.getLogger(__name__)
 
 PATHS = ("/tokenize", "/detokenize", "/rerank", "/score", "/pooling")
-_UNCOUNTED = frozenset({"/tokenize", "/detokenize"})  # the engine runs nothing for them
 _RESPONSE_ID = re.compile(rb'"id"\s*:\s*"(resp_[A-Za-z0-9_-]{1,128})"')
 _REMEMBERED = 10_000  # responses whose worker is known
 
@@ -48,7 +47,8 @@ class Inference:
         self._announcer = announcer
         self._intake = Intake(settings.server)
         self._relay = Relay()
-        self._makers: OrderedDict[str, str] = OrderedDict()  # response id -> worker id
+        # Of a response's id, who made it and for which key.
+        self._makers: OrderedDict[str, tuple[str, str | None]] = OrderedDict()
         self._limits = {
             name: Limits(
                 **{
@@ -72,38 +72,65 @@ class Inference:
             *(web.post(path, self.infer) for path in PATHS),
         ]
 
+    @staticmethod
+    def takes(request: web.BaseRequest) -> bool:
+        """Whether `infer` is its handler; as the routes say, but in less time than they need."""
+        path = request.raw_path
+        if request.method != "POST" or "Expect" in request.headers:
+            return False
+        if path.startswith("/v1/"):
+            return not path.startswith("/v1/responses/") and len(path) > len("/v1/")
+        return path in PATHS
+
     async def infer(self, request: web.Request) -> web.StreamResponse:
         """To a worker of the model that the body names, when one has a slot."""
         passage: Passage = request["passage"]
-        with self._quota(request["caller"]):
-            async with self._intake.receive(request) as body:
-                passage.bytes_in = len(body)
-                asked = self._asked(request, body)
-                if request.path in _UNCOUNTED:
-                    asked = replace(asked, weight=0)
+        if "%" in request.raw_path.partition("?")[0]:
+            # The engine would decode it, and find another endpoint than the one that was judged.
+            raise NotFound("There is nothing at this path.")
+        quota = self._taken(request["caller"])
+        try:
+            own_s = wishes.own_limit_s(request.headers, passage.began)
+            body = await self._intake.receive(request, passage, own_s)
+            try:
+                passage.bytes_in = len(body.data)
+                asked = self._asked(request, body.data)
                 door = self._fleet.door(asked.model)  # only configured names become a label
                 passage.model = asked.model
-                return await self._serve(request, body, asked, door, self._ticket(request))
+                ticket = self._ticket(request)
+                return await self._serve(request, body, asked, door, ticket, own_s)
+            finally:
+                body.release()
+        finally:
+            quota.give_back()
 
     async def stored_response(self, request: web.Request) -> web.StreamResponse:
-        """To the worker that made the response, which alone can know it."""
+        """To the worker that made the response, which alone can know it; for who asked for it."""
         passage: Passage = request["passage"]
-        worker_id = self._makers.get(request.match_info["id"])
-        if worker_id is None:
+        caller: Caller = request["caller"]
+        worker_id, owner = self._makers.get(request.match_info["id"], (None, None))
+        if worker_id is None or owner != caller.name:
             raise NotFound(
                 "No such response is known here.",
                 action="A stored response lives in the engine that made it, until it restarts.",
             )
-        async with self._intake.receive(request) as body:
-            passage.bytes_in = len(body)
-            passage.model = self._fleet.worker(worker_id).model
-            door = self._fleet.door(passage.model)
-            ticket = self._ticket(request, pinned=worker_id)
-            asked = Asked(passage.model, weight=0)
-            return await self._serve(request, body, asked, door, ticket)
+        quota = self._taken(caller)
+        try:
+            own_s = wishes.own_limit_s(request.headers, passage.began)
+            body = await self._intake.receive(request, passage, own_s)
+            try:
+                passage.bytes_in = len(body.data)
+                passage.model = self._fleet.worker(worker_id).model
+                door = self._fleet.door(passage.model)
+                ticket = self._ticket(request, pinned=worker_id)
+                asked = Asked(passage.model, weight=0)
+                return await self._serve(request, body, asked, door, ticket, own_s)
+            finally:
+                body.release()
+        finally:
+            quota.give_back()
 
-    @contextmanager
-    def _quota(self, caller: Caller) -> Iterator[None]:
+    def _taken(self, caller: Caller) -> Quota:
         """Count a request against its key. Raises RateLimited, for this key alone (C12)."""
         quota = caller.quota
         if refusal := quota.take(time.monotonic()):
@@ -115,10 +142,7 @@ class Inference:
                 max_concurrent=quota.max_concurrent,
                 requests_per_minute=quota.per_minute,
             )
-        try:
-            yield
-        finally:
-            quota.give_back()
+        return quota
 
     def _ticket(self, request: web.Request, pinned: str | None = None) -> Ticket:
         caller: Caller = request["caller"]
@@ -129,17 +153,24 @@ class Inference:
         )
 
     async def _serve(
-        self, request: web.Request, body: bytes, asked: Asked, door: Door, ticket: Ticket
+        self,
+        request: web.Request,
+        body: Body,
+        asked: Asked,
+        door: Door,
+        ticket: Ticket,
+        own_s: float | None,
     ) -> web.StreamResponse:
         """Admit, relay, and where nothing was answered yet, perhaps try again (C1-C4)."""
         passage: Passage = request["passage"]
-        clock = passage.clock = self._clock(request, asked, door)
+        clock = passage.clock = self._clock(passage, asked, door, own_s)
 
         async def attempt(ticket: Ticket) -> web.StreamResponse:
             permit = await self._admitted(door, ticket, passage, clock)
             remember = None
             if request.path == "/v1/responses":
-                remember = lambda first: self._remember(first, permit.worker.id)  # noqa: E731
+                made = permit.worker.id, passage.key
+                remember = functools.partial(self._remember, made)
             return await self._relay.forward(request, body, permit, passage, asked.weight, remember)
 
         try:
@@ -149,15 +180,15 @@ class Inference:
             retries = Retries(self._announcer, passage, door, ticket, clock)
         return await retries.after(failure, attempt)
 
-    def _clock(self, request: web.Request, asked: Asked, door: Door) -> Clock:
-        passage: Passage = request["passage"]
+    def _clock(self, passage: Passage, asked: Asked, door: Door, own_s: float | None) -> Clock:
         limits = self._limits[door.model]
-        own_s = wishes.own_limit_s(request.headers, passage.began)
         if own_s is not None and own_s > limits.request_s:
             log.warning("a caller may shorten its deadline of %g s only", limits.request_s)
         deadline = Deadline(limits, passage.began, asked.is_stream, own_s)
 
-        def expired(due: Due) -> Exception:
+        def expired(due: Due) -> Exception | None:
+            if due.phase is Phase.STALL and passage.has_read and passage.has_read():
+                return None  # slowly, but it reads
             error = self._error_of(due, deadline, passage, door)
             self._announcer.announce(RequestExpired(passage.request_id, door.model, due.phase))
             return error
@@ -184,7 +215,7 @@ class Inference:
                     model=door.model,
                     worker=passage.worker,
                 )
-            case Phase.STALL if passage.waits_for_client:
+            case Phase.STALL if passage.has_read is not None:
                 return ClientLeft(f"the client read nothing for {due.limit_s:g} s")
             case Phase.STALL:
                 since, what = deadline.last_byte_at, "sent nothing more for"
@@ -227,15 +258,15 @@ class Inference:
             # Its body names an adapter, not a model.
             return Asked(next(iter(self._settings.models)))
         try:
-            return asked_in(body, request.headers.get("Content-Type", ""))
+            return asked_in(body, request.headers.get("Content-Type", ""), request.path)
         except ValidationFailed as exc:
             if exc.param == "model":
                 exc.details = {**exc.details, "allowed": sorted(self._settings.models)}
             raise
 
-    def _remember(self, first: bytes, worker_id: str) -> None:
+    def _remember(self, made: tuple[str, str | None], first: bytes) -> None:
         if found := _RESPONSE_ID.search(first[:4096]):
-            self._makers[found[1].decode()] = worker_id
+            self._makers[found[1].decode()] = made
             while len(self._makers) > _REMEMBERED:
                 self._makers.popitem(last=False)
 

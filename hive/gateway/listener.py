@@ -5,7 +5,7 @@ import contextlib
 import errno
 import resource
 import socket
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from typing import cast
 
@@ -13,9 +13,12 @@ from aiohttp import web
 
 from hive.errors import AddressInUse, ConfigInvalid
 from hive.events import Announcer, DaemonMoved
+from hive.gateway.line import Line
 from hive.settings import Settings
 
+Entrance = Callable[[web.BaseRequest], Awaitable[web.StreamResponse]]
 BACKLOG = 1024
+UNREAD_S = 75.0  # as long as an idle connection is kept
 LINGER_S = 1.0  # for a client that is turned away to stop sending
 RESERVED = 32  # descriptors kept back for workers, logs and devices, and an eighth of all
 CLOSE_S = 2.0  # for handlers to end after their workers did
@@ -28,8 +31,13 @@ async def listening(
     announcer: Announcer,
     inherited: socket.socket | None = None,
     most_connections: int = 1 << 20,
+    entrance: Callable[[Entrance], Entrance] | None = None,
+    unread_s: float = UNREAD_S,
 ) -> AsyncIterator[None]:
     """Accept connections while the block runs, on the inherited socket where there is one.
+
+    `entrance` makes of aiohttp's own handler of requests what they meet first. Who takes nothing
+    for `unread_s` is cut off.
 
     Beyond `most_connections` a client is told so and let go: descriptors are kept back for workers.
 
@@ -47,13 +55,16 @@ async def listening(
     await runner.setup()
     made = runner.server
     assert made is not None
+    if entrance is not None:
+        made.request_handler = entrance(made.request_handler)
 
     def accept() -> asyncio.BaseProtocol:
-        return TooMany() if len(made.connections) >= most_connections else made()
+        return TooMany() if len(made.connections) >= most_connections else Line(made())
 
     server: asyncio.Server | None = None
     try:
         sock = inherited or bind(settings)
+        drop_who_does_not_read(sock, settings, unread_s)
         server = await asyncio.get_running_loop().create_server(accept, sock=sock, backlog=BACKLOG)
         host, port = sock.getsockname()[:2]
         shown = f"[{host}]" if ":" in host else host
@@ -63,6 +74,18 @@ async def listening(
         if server is not None:
             server.close()
         await runner.cleanup()
+
+
+def drop_who_does_not_read(sock: socket.socket, settings: Settings, unread_s: float) -> None:
+    """Let the kernel end a connection whose other end takes nothing of what was sent to it.
+
+    A relayed stream has its own limit, stall_s; this is for everything else, answers to requests
+    that nobody reads included, and for what is left when hive has closed a connection.
+    """
+    stalls_s = (settings.timeouts_of(model).stall_s for model in settings.models.values())
+    unread_s = max((unread_s, *stalls_s))
+    with contextlib.suppress(OSError):  # no TCP socket
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, round(unread_s * 1000))
 
 
 class TooMany(asyncio.Protocol):

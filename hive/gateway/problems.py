@@ -1,12 +1,17 @@
 """An error as clients get it: OpenAI-shaped body, headers, and the event inside a stream (C11)."""
 
+import asyncio
 import json
+from functools import lru_cache
+from http import HTTPStatus
 from typing import Any
 
-from aiohttp import web
+import msgspec
+from aiohttp import HttpVersion11, web
 
 from hive.errors import HiveError
-from hive.policy.redaction import for_clients
+from hive.gateway.line import Sent, sent
+from hive.policy import redaction
 
 
 def body(error: HiveError, request_id: str | None = None) -> dict[str, Any]:
@@ -35,6 +40,10 @@ def body(error: HiveError, request_id: str | None = None) -> dict[str, Any]:
     }
 
 
+# The same few sentences, most of the time.
+for_clients = lru_cache(1024)(redaction.for_clients)
+
+
 def _redacted(value: Any) -> Any:
     match value:
         case str():
@@ -61,6 +70,38 @@ def headers(error: HiveError) -> dict[str, str]:
 
 def response(error: HiveError, request_id: str | None) -> web.Response:
     return web.json_response(body(error, request_id), status=error.status, headers=headers(error))
+
+
+def write(
+    error: HiveError, request: web.Request, transport: asyncio.Transport, request_id: str
+) -> Sent:
+    """The answer, written at once: refusals are most when hive has least time for them."""
+    content = _encode(body(error, request_id))
+    is_kept = bool(request.keep_alive)
+    lines = [f"HTTP/1.1 {error.status} {_phrase(error.status)}"]
+    lines += (f"{name}: {value}" for name, value in headers(error).items())
+    lines += (
+        f"X-Request-Id: {request_id}",
+        "Server: hive",
+        "Content-Type: application/json; charset=utf-8",
+        f"Content-Length: {len(content)}",
+    )
+    if not is_kept:
+        lines.append("Connection: close")
+    elif request.version < HttpVersion11:
+        lines.append("Connection: keep-alive")
+    transport.write("\r\n".join((*lines, "\r\n")).encode() + content)
+    return sent(error.status, is_kept=is_kept)
+
+
+_encode = msgspec.json.Encoder().encode
+
+
+def _phrase(status: int) -> str:
+    try:
+        return HTTPStatus(status).phrase
+    except ValueError:  # 499, which nobody has registered
+        return "Client Closed Request"
 
 
 def event(error: HiveError, request_id: str | None) -> bytes:

@@ -12,29 +12,12 @@ from datetime import UTC, datetime
 
 from hive.events import (
     DaemonMoved,
-    DeviceRead,
     Event,
-    HintJudged,
-    RequestAborted,
-    RequestAdmitted,
     RequestEnded,
-    RequestExpired,
-    RequestRefused,
-    RetriesEnded,
 )
 from hive.policy.redaction import without_secrets
 
 KEPT = 1000  # events that a client can resume from
-# Metrics count these; what became of a request is in its RequestEnded.
-_NOISE = (
-    DeviceRead,
-    HintJudged,
-    RequestAborted,
-    RequestAdmitted,
-    RequestExpired,
-    RequestRefused,
-    RetriesEnded,
-)
 BACKLOG = 1000  # events that a slow client may be behind before it is dropped
 
 
@@ -56,8 +39,6 @@ class EventStream:
         self._readers: set[asyncio.Queue[bytes | None]] = set()
 
     def hear(self, event: Event) -> None:
-        if isinstance(event, _NOISE):
-            return
         if isinstance(event, RequestEnded) and not (event.code and event.worker):
             return  # a flood of refusals would drive everything else out of memory
         self._number += 1

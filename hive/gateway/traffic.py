@@ -1,10 +1,11 @@
 """The requests that are in flight, by id, and what became of each."""
 
+import asyncio
+import os
 import re
 import time
-import uuid
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -14,6 +15,7 @@ from aiohttp import web
 from hive.errors import Conflict, NotFound, RequestCancelled
 from hive.events import Announcer, RequestEnded
 from hive.gateway.clock import Clock
+from hive.workers.life import User
 
 _ID = re.compile(r"[A-Za-z0-9._-]{1,128}\Z")
 ABORTED = 499  # the client left; never sent, only logged
@@ -40,13 +42,29 @@ class Passage:
     first_byte: float | None = None
     clock: Clock | None = None  # of inference, once its model is known
     cause: Exception | None = None  # it was cancelled before it had a clock
-    waits_for_client: bool = False  # that does not read
+    user: User | None = None  # what it waits for before it has a clock, or without one
+    # While the client reads nothing: whether it has read since this was asked last.
+    has_read: Callable[[], bool] | None = None
+    blamed: set[str] = field(default_factory=set)  # workers that failed it
 
-    def cancel(self) -> None:
-        """End it: at once, or when its body is there."""
-        self.cause = RequestCancelled("The request was cancelled as it was asked for.")
+    def cancel(self, cause: Exception | None = None) -> None:
+        """End it, at once or where it waits next."""
+        self.cause = cause or RequestCancelled("The request was cancelled as it was asked for.")
         if self.clock is not None:
             self.clock.cancel(self.cause)
+        elif self.user is not None:
+            self.user.end(self.cause)
+
+    @contextmanager
+    def ended_by(self, user: User) -> Iterator[None]:
+        """What a cancel ends while the block runs. Raises the cause of an earlier one."""
+        if self.cause is not None:
+            raise self.cause
+        self.user = user
+        try:
+            yield
+        finally:
+            self.user = None
 
     def view(self) -> dict[str, Any]:
         now = time.monotonic()
@@ -75,6 +93,7 @@ class Traffic:
         self._announcer = announcer
         self._passages: dict[str, Passage] = {}
         self._ended: OrderedDict[str, tuple[float, str | None]] = OrderedDict()
+        self._emptied = asyncio.Event()
 
     @contextmanager
     def passage(self, request: web.Request) -> Iterator[Passage]:
@@ -85,13 +104,15 @@ class Traffic:
         """
         asked = request.headers.get("X-Request-Id", "")
         is_taken = asked in self._passages
-        request_id = asked if _ID.match(asked) and not is_taken else uuid.uuid4().hex
+        request_id = asked if _ID.match(asked) and not is_taken else os.urandom(16).hex()
         passage = Passage(request_id, request.method, request.path)
         self._passages[request_id] = passage
         try:
             yield passage
         finally:
             del self._passages[request_id]
+            if not self._passages:
+                self._emptied.set()
             self._remember(passage)
             self._announce_end(passage)
 
@@ -119,8 +140,19 @@ class Traffic:
                 action="Name a request by its X-Request-Id; 'GET /hive/v1/requests' lists them.",
             )
 
+    async def ended(self) -> None:
+        """Return when nothing is in flight."""
+        while self._passages:
+            self._emptied.clear()
+            await self._emptied.wait()
+
+    def cancel_all(self, cause: Exception) -> None:
+        """End everything that is in flight."""
+        for passage in self._passages.values():
+            passage.cancel(cause)
+
     def _remember(self, passage: Passage) -> None:
-        if passage.clock is None:
+        if passage.clock is None and passage.cause is None:
             return
         now = time.monotonic()
         self._ended[passage.request_id] = now, passage.key

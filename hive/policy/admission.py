@@ -91,20 +91,24 @@ class Room:
         self._once.add(worker)
         return self.grant(now)
 
-    def close(self, worker: str, now: float) -> list[Ticket]:
-        """It takes no more; the tickets that wait for nothing now, and have left the room.
+    def close(self, worker: str, now: float) -> tuple[list[Ticket], list[Ticket]]:
+        """It takes no more; the tickets that wait for nothing now, and have left the room, and
+        those that go in elsewhere, where they would not before.
 
         What holds a slot of it goes on until it is released. Who may be served by a worker that is
         being tried (`open_once`) waits for what comes of that.
         """
         was_of_use = worker in self._open | self._tried
         self._forget(worker)
-        lost = [t for t in self.waiting if was_of_use and self._may(t, worker)]
-        lost = [t for t in lost if not any(self._may(t, w) for w in self._open | self._tried)]
+        lost = []
+        for ticket in self.waiting if was_of_use else ():
+            if self._may(ticket, worker) and not self._has_use(ticket):
+                ticket.avoid = frozenset()  # who failed it before is better than nobody
+                if not self._has_use(ticket):
+                    lost.append(ticket)
         for ticket in lost:
             del self._waiting[ticket.priority][ticket]
-        self._judge_hints(now)
-        return lost
+        return lost, self.grant(now)
 
     def shut(self) -> list[Ticket]:
         """Nobody goes in any more, for good: every ticket that waited has left the room."""
@@ -204,6 +208,10 @@ class Room:
 
     def _may(self, ticket: Ticket, worker: str) -> bool:
         return worker == ticket.pinned if ticket.pinned else worker not in ticket.avoid
+
+    def _has_use(self, ticket: Ticket) -> bool:
+        """Whether any worker may serve it, once one that is being tried serves again."""
+        return any(self._may(ticket, worker) for worker in self._open | self._tried)
 
     def _candidates(self, ticket: Ticket) -> list[str]:
         return [worker for worker in self._open if self._may(ticket, worker)]

@@ -28,6 +28,10 @@ class Breaker:
     is_probing: bool = False
     _era: int = 0  # what began in an earlier one says nothing of this one
 
+    @property
+    def is_closed(self) -> bool:
+        return self.state is BreakerState.CLOSED
+
     def allows(self, now: float) -> bool:
         """Whether a call may go to the target now. Asking changes nothing."""
         if self.state is BreakerState.CLOSED:

@@ -4,7 +4,7 @@ Pure: monotonic seconds. A caller may shorten the deadline and never extend it (
 R046-R049, C13, C15; contract, Deadlines). The phase that expires first is named.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum
 
 
@@ -80,17 +80,22 @@ class Deadline:
         if self.slot_at is None:
             queued_at = max(self.arrived, self.queued_at)
             candidates = [Due(queued_at + limits.queue_s, Phase.QUEUE, limits.queue_s)]
-            candidates.append(self.request)
+            # A slot that leaves no time for an answer is of no use.
+            request = self.request
+            at = min(request.at, self.arrived + limits.request_s - limits.cleanup_s)
+            candidates.append(replace(request, at=at))
         elif self.first_byte_at is None:
             name = Phase.FIRST_TOKEN if self.is_stream else Phase.INFERENCE
             by = self.arrived + limits.request_s - limits.cleanup_s
             at = min(self.slot_at + limits.inference_s, by)
-            candidates = [Due(at, name, limits.inference_s)]
-            if self.own_s is not None:
-                candidates.append(self.request)
+            due = Due(at, name, limits.inference_s)
+            if self.own_s is None:
+                return due
+            candidates = [due, self.request]
         else:
-            candidates = [Due(self.last_byte_at + limits.stall_s, Phase.STALL, limits.stall_s)]
-            if self.is_stream and limits.stream_total_s:
-                total_s = limits.stream_total_s
-                candidates.append(Due(self.slot_at + total_s, Phase.TOTAL, total_s))
+            due = Due(self.last_byte_at + limits.stall_s, Phase.STALL, limits.stall_s)
+            total_s = limits.stream_total_s
+            if not self.is_stream or not total_s:
+                return due
+            candidates = [due, Due(self.slot_at + total_s, Phase.TOTAL, total_s)]
         return min(candidates, key=lambda due: due.at)

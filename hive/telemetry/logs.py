@@ -7,11 +7,15 @@ logs never waits for whoever reads: a thread writes, and what does not fit is dr
 import contextlib
 import logging
 import os
+import re
 import threading
+import time
 from collections import deque
 from dataclasses import asdict
+from functools import lru_cache
 from typing import Any
 
+import msgspec
 import structlog
 from aiohttp.http import HttpProcessingError
 from structlog.types import EventDict, Processor
@@ -42,6 +46,8 @@ from hive.policy.visible import visible
 
 STDERR = 2
 HELD_CHARS = 8 * 2**20  # of lines that are not written yet
+GATHER_S = 0.02  # lines of requests are written together: a write each would cost more than they
+MOST_AT_ONCE = 256  # lines
 FLUSH_S = 2.0  # what whoever reads gets at the end to take the last lines
 _LEVELS = {
     "debug": logging.DEBUG,
@@ -90,26 +96,31 @@ class Writer(logging.Handler):
     order is kept and the gap is told once, where it is.
     """
 
-    def __init__(self, fd: int) -> None:
+    def __init__(self, fd: int, *, is_json: bool = True) -> None:
         super().__init__()
+        self.is_json = is_json
         self._fd = fd
         self._lines: deque[str] = deque()
         self._held = self._dropped = 0
-        self._is_closed = self._is_writing = False
+        self._is_closed = self._is_writing = self._is_urgent = False
         self._changed = threading.Condition()
         threading.Thread(target=self._write, name="log", daemon=True).start()
 
     def emit(self, record: logging.LogRecord) -> None:
         try:
-            line = self.format(record) + "\n"
+            line = self.format(record)
         except Exception:  # noqa: BLE001 (as every handler: a bad log call is no failure of hive)
             self.handleError(record)
             return
+        self.hold(line)
+
+    def hold(self, line: str, *, is_urgent: bool = True) -> None:
+        """Write a line; one that is not urgent waits up to GATHER_S for others."""
         with self._changed:
             if self._dropped or self._held + len(line) > HELD_CHARS:
                 self._dropped += 1
             else:
-                self._hold(line)
+                self._hold(line + "\n", is_urgent=is_urgent)
 
     def tell(self, text: str) -> None:
         """Write lines that are no log lines after those that are; they always fit."""
@@ -121,6 +132,8 @@ class Writer(logging.Handler):
     def flush(self) -> None:
         """Return when all is written, or when nobody has taken it within FLUSH_S."""
         with self._changed:
+            self._is_urgent = True
+            self._changed.notify_all()
             self._changed.wait_for(lambda: not self._is_behind, FLUSH_S)
 
     def close(self) -> None:
@@ -133,10 +146,15 @@ class Writer(logging.Handler):
     def _is_behind(self) -> bool:
         return bool(self._lines or self._dropped or self._is_writing)
 
-    def _hold(self, text: str) -> None:
+    def _hold(self, text: str, *, is_urgent: bool = True) -> None:
+        is_first = not self._lines
         self._lines.append(text)
         self._held += len(text)
-        self._changed.notify_all()
+        if is_urgent and not self._is_urgent:
+            self._is_urgent = True
+            self._changed.notify_all()
+        elif is_first:
+            self._changed.notify_all()
 
     def _gap(self) -> str:
         count, self._dropped = self._dropped, 0
@@ -159,11 +177,16 @@ class Writer(logging.Handler):
             self._changed.wait_for(lambda: self._is_closed or self._is_behind)
             if not self._is_behind:
                 return None
+            self._changed.wait_for(lambda: self._is_closed or self._is_urgent, GATHER_S)
             self._is_writing = True
             if not self._lines:
                 return self._gap()
-            self._held -= len(self._lines[0])
-            return self._lines.popleft()
+            some: list[str] = []
+            while self._lines and len(some) < MOST_AT_ONCE:
+                self._held -= len(self._lines[0])
+                some.append(self._lines.popleft())
+            self._is_urgent = bool(self._lines)
+            return "".join(some)
 
     def __repr__(self) -> str:
         return f"<Writer {len(self._lines)} lines held, {self._dropped} dropped>"
@@ -194,7 +217,7 @@ def configure(level: str = "info", fd: int = STDERR) -> Writer:
     last: list[Processor] = (
         [_visible, plain] if is_terminal else [structlog.processors.JSONRenderer()]
     )
-    handler = Writer(fd)
+    handler = Writer(fd, is_json=not is_terminal)
     handler.setFormatter(
         structlog.stdlib.ProcessorFormatter(
             foreign_pre_chain=shared,
@@ -224,9 +247,7 @@ def write(event: Event) -> None:
     log: Any = structlog.get_logger("hive")
     match event:
         case RequestEnded():
-            if event.path in _QUIET and event.code is None:
-                return
-            log.log(_request_level(event), "request", **_request_facts(event))
+            _write_access(event)
         case RequestRetried():
             log.warning("request is sent again", **asdict(event))
         case BreakerMoved():
@@ -276,14 +297,53 @@ _TITLES: dict[type[Event], str] = {
 }
 
 
-def _request_facts(event: RequestEnded) -> dict[str, Any]:
-    facts = {k: v for k, v in asdict(event).items() if v is not None}
-    for key in ("seconds", "first_byte_s"):
-        if key in facts:
-            facts[key] = round(facts[key], 4)
-    return facts
-
-
-def _request_level(event: RequestEnded) -> int:
+def _write_access(event: RequestEnded) -> None:
+    """The line of a request: there are so many that it is made by hand, where it is JSON."""
+    if event.path in _QUIET and event.code is None:
+        return
     cls = by_code(event.code) if event.code else None
-    return _LEVELS[cls.level] if cls else logging.INFO
+    name = cls.level if cls else "info"
+    level = _LEVELS[name]
+    root = logging.getLogger()
+    if not root.isEnabledFor(level):
+        return
+    facts: dict[str, Any] = {
+        "request_id": event.request_id,
+        "method": event.method,
+        "path": event.path,
+        "status": event.status,
+        "model": event.model,
+        "worker": event.worker,
+        "code": event.code,
+        "key": event.key,
+        "seconds": round(event.seconds, 4),
+        "first_byte_s": None if event.first_byte_s is None else round(event.first_byte_s, 4),
+        "bytes_in": event.bytes_in,
+        "bytes_out": event.bytes_out,
+    }
+    facts = {key: value for key, value in facts.items() if value is not None}
+    writers = [handler for handler in root.handlers if isinstance(handler, Writer)]
+    if len(writers) != 1 or not writers[0].is_json:
+        structlog.get_logger("hive").log(level, "request", **facts)
+        return
+    # What comes from the client; the rest is hive's own words.
+    facts["path"] = _without_secrets(event.path)
+    if not _OWN_ID.match(event.request_id):
+        facts["request_id"] = without_secrets(event.request_id)
+    facts |= {"event": "request", "level": name, "logger": "hive", "timestamp": _now()}
+    writers[0].hold(_encode(facts).decode(), is_urgent=False)
+
+
+_encode = msgspec.json.Encoder().encode
+_without_secrets = lru_cache(1024)(without_secrets)
+_OWN_ID = re.compile(r"[0-9a-f]{32}\Z")
+
+
+def _now() -> str:
+    seconds, nanos = divmod(time.time_ns(), 10**9)
+    return f"{_second(seconds)}.{nanos // 1000:06d}Z"
+
+
+@lru_cache(4)
+def _second(seconds: int) -> str:
+    return time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(seconds))

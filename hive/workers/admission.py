@@ -78,6 +78,15 @@ class Permit:
             self._is_judged = True
             self.door.judge(self.worker, self._era, fault=fault)
 
+    def answers(self) -> None:
+        """The worker has begun an answer: a probe need not wait for its end."""
+        breaker = self.door.breakers[self.worker.id]
+        if self._is_judged or breaker.is_closed:
+            return
+        self.judge(fault=False)
+        if breaker.is_closed:  # from here on it is a call like any other
+            self._is_judged, self._era = False, breaker.began(time.monotonic())
+
     def _close(self) -> None:
         if not self._is_closed:
             self._is_closed = True
@@ -200,7 +209,7 @@ class Door:
             self._let_in(self.room.open(worker.id, time.monotonic()))
         else:
             self._stop_cooling(worker)
-            self._turn_away(self.room.close(worker.id, time.monotonic()))
+            self._close(worker)
 
     def judge(self, worker: Worker, era: int, *, fault: bool | None) -> None:
         """Note how an attempt ended: a fault, a success (False), or neither (None)."""
@@ -216,10 +225,15 @@ class Door:
         if not self._breaker_moved(worker, old):
             return
         if breaker.state is BreakerState.OPEN:
-            self._turn_away(self.room.close(worker.id, time.monotonic()))
+            self._close(worker)
             self._cool(worker, breaker.cooldown_s)
         elif worker.state is State.READY and not self.is_draining:
             self._let_in(self.room.open(worker.id, now))
+
+    def _close(self, worker: Worker) -> None:
+        lost, granted = self.room.close(worker.id, time.monotonic())
+        self._turn_away(lost)
+        self._let_in(granted)
 
     def _half_open(self, worker: Worker) -> None:
         self._stop_cooling(worker)

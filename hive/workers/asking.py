@@ -8,7 +8,7 @@ import subprocess
 import tempfile
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import NamedTuple
 
@@ -28,8 +28,15 @@ class Answer(NamedTuple):
     complaint: str
 
 
-def ask(command: Sequence[str], within_s: float, stop: threading.Event) -> Answer:
-    """Run a program, with little of hive's environment, to its end.
+def ask(
+    command: Sequence[str],
+    within_s: float,
+    stop: threading.Event,
+    env: Mapping[str, str] | None = None,
+) -> Answer:
+    """Run a program, with little of hive's environment and what `env` adds to it, to its end.
+
+    For a thread of its own: a signal's exception in the middle of it could leave the program behind.
 
     Raises OSError when it cannot be started, TimeoutError after `within_s` and when `stop` is set.
     It writes into files, not pipes: a child that it leaves behind would hold a pipe open.
@@ -43,7 +50,7 @@ def ask(command: Sequence[str], within_s: float, stop: threading.Event) -> Answe
             stdin=subprocess.DEVNULL,
             stdout=said,
             stderr=complaint,
-            env=_environment(mark),
+            env={**(env or {}), **_environment(mark)},
             start_new_session=True,
         ) as process,
         _group_killed(process.pid),

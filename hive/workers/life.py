@@ -4,8 +4,7 @@ import asyncio
 import contextlib
 import time
 from collections.abc import AsyncIterator, Iterable
-
-import aiohttp
+from typing import Protocol
 
 from hive.devices.watch import Baseline
 from hive.errors import HiveError
@@ -15,10 +14,18 @@ from hive.workers.interrupt import Interrupt
 from hive.workers.ledger import Entry
 from hive.workers.process import Exit, Place, Tree
 from hive.workers.pulse import Pulse
+from hive.workers.wire import Wires
 
 
 class EngineOver(Exception):
     """The engine ended, or is being ended, while it was needed."""
+
+
+class User(Protocol):
+    """Who needs the engine, or time: an Interrupt, or a request's answer."""
+
+    def end(self, cause: Exception) -> None:
+        """It ends, because of that; only the first cause counts."""
 
 
 class Life:
@@ -31,15 +38,7 @@ class Life:
         self.tree: Tree | None = None
         self.client = EngineClient(place.socket, model)
         # The data path's own connections; they end with this life.
-        self.session = aiohttp.ClientSession(
-            # A connection a request: an engine that closes an idle one just then loses nothing.
-            connector=aiohttp.UnixConnector(str(place.socket), limit=0, force_close=True),
-            timeout=aiohttp.ClientTimeout(total=None),
-            auto_decompress=False,
-            skip_auto_headers=("User-Agent", "Accept", "Accept-Encoding", "Content-Type"),
-            cookie_jar=aiohttp.DummyCookieJar(),
-            read_bufsize=256 * 1024,
-        )
+        self.wires = Wires(place.socket)
         # Resolved when the engine's end has been heard *and* the worker's state says so.
         self.over: asyncio.Future[Exit] = asyncio.get_running_loop().create_future()
         self.was_asked = False  # hive ended it; it did not end by itself
@@ -48,32 +47,39 @@ class Life:
         self.entry: Entry | None = None  # in the ledger
         self.pids: set[int] = set()  # every process that it was ever seen to consist of
         self.pulse: Pulse | None = None  # from READY on
-        self._interrupts: set[Interrupt] = set()
+        self._users: set[User] = set()
         self._is_closed = False
 
     async def close(self) -> None:
         """Interrupt every request (`until_over`), and close the connections."""
         self._is_closed = True
-        for interrupt in self._interrupts:
-            interrupt.end(EngineOver())
+        for user in self._users:
+            user.end(EngineOver())
         if self.pulse is not None:
             self.pulse.stop()
         await asyncio.sleep(0)  # they run first: a closed connection would tell them less
         await self.client.close()
-        await self.session.close()
+        self.wires.close()
+
+    def attach(self, user: User) -> None:
+        """`user` is ended, with EngineOver, at once when the engine's end comes."""
+        if self._is_closed:
+            user.end(EngineOver())
+        self._users.add(user)
+
+    def detach(self, user: User) -> None:
+        self._users.discard(user)
 
     @contextlib.asynccontextmanager
     async def until_over(self) -> AsyncIterator[None]:
         """Do something with this engine; raises EngineOver at once when the engine's end comes."""
         interrupt = Interrupt()
-        if self._is_closed:
-            interrupt.end(EngineOver())
-        self._interrupts.add(interrupt)
+        self.attach(interrupt)
         try:
             async with interrupt:
                 yield
         finally:
-            self._interrupts.discard(interrupt)
+            self.detach(interrupt)
 
     def see_pids(self, everything: Iterable[guard.Process] | None = None) -> set[int]:
         """The processes that it consists of now; remembered for the account at its end."""

@@ -91,13 +91,16 @@ class Pulse:
         self._has_gauges, self._vital = has_gauges, tuple(vital)
         self._cleanup_s, self._longest_s = cleanup_s, longest_s
         self._hung = hung
-        self.open_weight = 0  # of requests that hive has open there
+        self.open_requests = 0  # of hive's there …
+        self.open_weight = 0  # … and what the engine counts them as
         self.relayed = 0  # bytes of answers that came
         self._least = 0  # of open_weight while a sample is under way
         self._busy_since = 0.0
         self._aborts: list[Abort] = []
         self._progress = Progress(time.monotonic())
         self._seen_relayed = 0
+        self._sampled_at = 0.0  # when it was asked for the last counts that it gave
+        self._is_talking = False  # it answers, be it without counts
         self._members: tuple[int, ...] = ()
         self._members_at = -MEMBERS_S
         self._counters: tuple[float, ...] | None = None
@@ -109,13 +112,15 @@ class Pulse:
 
     def began(self, weight: int) -> None:
         """A request of so many engine requests is sent."""
-        if self.open_weight == 0:
+        if self.open_requests == 0:
             self._busy_since = time.monotonic()
             self._stirred.set()
+        self.open_requests += 1
         self.open_weight += weight
 
     def ended(self, weight: int) -> None:
         """Its answer came to its end."""
+        self.open_requests -= 1
         self.open_weight -= weight
         self._least = min(self._least, self.open_weight)
 
@@ -154,7 +159,7 @@ class Pulse:
             if self._is_refused or time.monotonic() - listened_at >= LISTENING_S:
                 await self._see_who_listens()
                 listened_at = time.monotonic()
-            if not self._aborts and not self.open_weight:
+            if not self._aborts and not self.open_requests:
                 await self._stirred_within(LISTENING_S)
                 looked_at = time.monotonic()
                 continue
@@ -196,7 +201,7 @@ class Pulse:
             asked_at, self._least = time.monotonic(), self.open_weight
             sample = await self._sample()
             if sample is not None:
-                self._counters = sample.counters
+                self._counters, self._sampled_at = sample.counters, asked_at
                 self._confirm(sample.requests, asked_at)
         if is_silent:
             await self._find_members()
@@ -212,14 +217,19 @@ class Pulse:
             async with asyncio.timeout(SAMPLE_S):
                 status, text = await self._client.ask("GET", "/metrics")
         except (TimeoutError, ProbeFailed):
+            self._is_talking = False
             return None
+        self._is_talking = True
         sample = read_sample(text.decode(errors="replace"))
         if sample is None and status in (200, 404):
             self._has_gauges = False  # it answers and has none: closed connections count
-            aborts, self._aborts = self._aborts, []
-            for abort in aborts:
-                abort.done("unknown")
+            self._give_up_on_aborts()
         return sample
+
+    def _give_up_on_aborts(self) -> None:
+        aborts, self._aborts = self._aborts, []
+        for abort in aborts:
+            abort.done("unknown")
 
     def _confirm(self, running: int, asked_at: float) -> None:
         """Of the aborts before `asked_at`, oldest first, as many as the count leaves no room for.
@@ -241,8 +251,11 @@ class Pulse:
         now, progress = time.monotonic(), self._progress
         asked_at = self._aborts[0].asked_at if self._aborts else now
         if self._aborts and abort_is_lost(asked_at, progress, now, self._cleanup_s):
+            if self._is_talking and self._sampled_at < asked_at:
+                self._give_up_on_aborts()  # nothing says that it still runs
+                return
             why = f"it did not end a cancelled request within {self._cleanup_s:g} s"
-        elif self.open_weight and work_is_lost(progress, self._busy_since, now, self._longest_s):
+        elif self.open_requests and work_is_lost(progress, self._busy_since, now, self._longest_s):
             why = f"it has requests and made no progress for {self._longest_s:g} s"
         else:
             return

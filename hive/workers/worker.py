@@ -235,6 +235,7 @@ class Worker:
             raise ServiceUnavailable(
                 "hive is stopping and starts nothing any more.",
                 reason="draining",
+                retry_after_s=30,
                 worker=self.id,
                 model=self.model,
             )

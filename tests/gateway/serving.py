@@ -44,6 +44,7 @@ class Serving:
         self.announcer = Announcer()
         self.announcer.listen(self.events.append)
         server = {"state_dir": home / "state", "runtime_dir": home / "run", "port": 0, "body_s": 30}
+        server |= sections.pop("server", {})
         command = {"engine": "command", "device": "cpu", "command": ["x{socket}"]}
         self.settings = Settings.model_validate(
             {**sections, "server": server, "models": {"m": {**command, **model}}}
@@ -143,7 +144,11 @@ async def serving(
         life.pulse = HandPulse()
         move(it.worker, State.READY)
         listener = listening(
-            it.gateway.app, it.settings, it.announcer, most_connections=most_connections
+            it.gateway.app,
+            it.settings,
+            it.announcer,
+            most_connections=most_connections,
+            entrance=it.gateway.entrance,
         )
         try:
             async with listener, aiohttp.ClientSession(f"http://127.0.0.1:{it.port}") as session:

@@ -14,11 +14,16 @@ from hypothesis import strategies as st
 
 from hive.errors import HiveError, HttpError, ValidationFailed
 from hive.gateway.bodies import MIB, Asked, Intake, asked_in
+from hive.gateway.traffic import Passage
 from hive.settings import Server
 from tests.patience import awaited, until
 
 JSON = "application/json"
 Client = TestClient[web.Request, web.Application]
+
+
+def asked(body: bytes, content_type: str, path: str = "/v1/completions") -> Asked:
+    return asked_in(body, content_type, path)
 
 
 class Receiver:
@@ -29,12 +34,17 @@ class Receiver:
         self.release = asyncio.Event()
         self.release.set()
         self.ended = 0
+        self.own_s: float | None = None  # the caller's own limit
 
     async def handle(self, request: web.Request) -> web.Response:
         try:
-            async with self.intake.receive(request) as body:
+            passage = Passage("id", request.method, request.path)
+            body = await self.intake.receive(request, passage, self.own_s)
+            try:
                 await self.release.wait()
-                return web.json_response({"bytes": len(body)})
+                return web.json_response({"bytes": len(body.data)})
+            finally:
+                body.release()
         except HiveError as error:
             return web.json_response(
                 {"code": error.code, **error.public_details}, status=error.status
@@ -158,7 +168,7 @@ async def test_a_compressed_body_is_refused_as_415() -> None:
 
 def refusal(body: bytes, content_type: str = JSON) -> ValidationFailed:
     with pytest.raises(ValidationFailed) as caught:
-        asked_in(body, content_type)
+        asked(body, content_type)
     return caught.value
 
 
@@ -166,8 +176,8 @@ def refusal(body: bytes, content_type: str = JSON) -> ValidationFailed:
 def test_the_model_is_found_among_any_other_fields(name: str, others: dict[str, int]) -> None:
     body = {**others, "model": name, "messages": [{"role": "user", "content": "hello"}]}
 
-    assert asked_in(json.dumps(body).encode(), JSON).model == name
-    assert asked_in(json.dumps(body, ensure_ascii=False).encode(), "").model == name
+    assert asked(json.dumps(body).encode(), JSON).model == name
+    assert asked(json.dumps(body, ensure_ascii=False).encode(), "").model == name
 
 
 @pytest.mark.parametrize(
@@ -212,7 +222,7 @@ def test_a_model_that_is_not_utf_8_is_refused_too() -> None:
 def test_any_other_bytes_are_refused_or_name_a_model(body: bytes) -> None:
     """Never an unforeseen exception, whatever a client sends (R154)."""
     try:
-        assert asked_in(body, JSON).model
+        assert asked(body, JSON).model
     except ValidationFailed as error:
         assert error.message
 
@@ -242,44 +252,70 @@ def test_a_refusal_never_repeats_what_was_sent(private: str, start: str) -> None
     ],
 )
 def test_a_stream_is_asked_for_by_true_alone(fields: str, is_stream: bool) -> None:
-    assert asked_in(f'{{"model":"m",{fields}}}'.encode(), JSON) == Asked("m", is_stream)
+    assert asked(f'{{"model":"m",{fields}}}'.encode(), JSON) == Asked("m", is_stream)
+
+
+CHAT, COMPLETIONS, EMBEDDINGS = "/v1/chat/completions", "/v1/completions", "/v1/embeddings"
 
 
 @pytest.mark.parametrize(
-    ("fields", "weight"),
+    ("path", "fields", "weight"),
     [
-        ({}, 1),
-        ({"n": 4}, 4),
-        ({"n": 0}, 1),
-        ({"n": -3}, 1),
-        ({"n": None}, 1),
-        ({"n": "4"}, 1),
-        ({"n": 2.5}, 1),
-        ({"n": [1, 2]}, 1),
-        ({"n": 10**30}, 1),
-        ({"prompt": "a, b"}, 1),
-        ({"prompt": ["a", "b", "c"]}, 3),
-        ({"prompt": ["a"]}, 1),
-        ({"prompt": []}, 1),
-        ({"prompt": [1, 2, 3]}, 1),
-        ({"prompt": [[1, 2, 3], [4, 5]]}, 2),
-        ({"prompt": ["a", "b"], "n": 3}, 6),
-        ({"input": ["a", "b"]}, 2),
-        ({"input": [1, 2, 3]}, 1),
-        ({"input": [{"role": "user", "content": "a"}]}, 1),
-        ({"documents": ["a", "b", "c"], "query": "d"}, 3),
-        ({"messages": [{"role": "user", "content": "a"}] * 5}, 1),
-        ({"prompt": ["a"] * 1000, "n": 1000}, 100_000),
+        (CHAT, {}, 1),
+        (CHAT, {"n": 4}, 4),
+        (CHAT, {"n": 0}, 1),
+        (CHAT, {"n": -3}, 1),
+        (CHAT, {"n": None}, 1),
+        (CHAT, {"n": "4"}, 1),
+        (CHAT, {"n": 2.5}, 1),
+        (CHAT, {"n": [1, 2]}, 1),
+        (CHAT, {"n": 10**30}, 1),
+        (CHAT, {"messages": [{"role": "user", "content": "a"}] * 5}, 1),
+        (CHAT, {"documents": [{"text": "a"}] * 5}, 1),  # of retrieval: part of the prompt
+        (COMPLETIONS, {"prompt": "a, b"}, 1),
+        (COMPLETIONS, {"prompt": ["a", "b", "c"]}, 3),
+        (COMPLETIONS, {"prompt": ["a"]}, 1),
+        (COMPLETIONS, {"prompt": []}, 1),
+        (COMPLETIONS, {"prompt": [1, 2, 3]}, 1),
+        (COMPLETIONS, {"prompt": [[1, 2, 3], [4, 5]]}, 2),
+        (COMPLETIONS, {"prompt": ["a", "b"], "n": 3}, 6),
+        (COMPLETIONS, {"prompt": ["a"] * 1000, "n": 1000}, 100_000),
+        (EMBEDDINGS, {"input": ["a", "b"], "n": 7}, 2),
+        (EMBEDDINGS, {"input": [1, 2, 3]}, 1),
+        ("/pooling", {"input": ["a", "b"]}, 2),
+        ("/v1/rerank", {"documents": ["a", "b", "c"], "query": "d"}, 3),
+        ("/score", {"text_1": "a", "text_2": ["b", "c"]}, 2),
+        ("/v1/responses", {"input": [{"role": "user", "content": "a"}] * 9}, 1),
+        ("/tokenize", {"prompt": "a"}, 0),
+        ("/v1/messages", {"n": 5}, 1),
     ],
     ids=str,
 )
 def test_a_body_weighs_as_many_requests_as_the_engine_makes_of_it(
-    fields: dict[str, Any], weight: int
+    path: str, fields: dict[str, Any], weight: int
 ) -> None:
     """Else the engine's count of them would never agree with hive's (R050)."""
-    assert asked_in(json.dumps({"model": "m", **fields}).encode(), JSON).weight == weight
+    assert asked(json.dumps({"model": "m", **fields}).encode(), JSON, path).weight == weight
     spaced = json.dumps({"model": "m", **fields}, indent=3, separators=(" , ", " : "))
-    assert asked_in(spaced.encode(), JSON).weight == weight
+    assert asked(spaced.encode(), JSON, path).weight == weight
+
+
+@awaited
+async def test_the_callers_own_limit_counts_while_its_body_comes() -> None:
+    receiver = Receiver(body_s=30)
+    receiver.own_s = 0.05
+    async with receiver.served() as client:
+
+        async def slow() -> AsyncIterator[bytes]:
+            yield b"x"
+            await until(lambda: receiver.ended, "the end of its time", limit_s=10)
+
+        answer = await client.post("/", data=slow())
+        told = await answer.json()
+
+        assert (answer.status, told["code"]) == (504, "REQUEST_TIMEOUT")
+        assert (told["phase"], told["timeout_seconds"]) == ("request", 0.05)
+        assert receiver.intake.held == 0
 
 
 JSONS = st.recursive(
@@ -299,15 +335,15 @@ def test_what_else_a_body_says_is_left_to_the_engine(
 ) -> None:
     """Nothing that hive itself looks at, besides the model, is a reason to refuse."""
     body = {"n": n, "prompt": prompt, "input": texts, "documents": documents, "stream": stream}
-    asked = asked_in(json.dumps({**body, "model": "m"}).encode(), JSON)
+    found = asked(json.dumps({**body, "model": "m"}).encode(), JSON)
 
-    assert asked.model == "m"
-    assert 1 <= asked.weight <= 100_000
-    assert asked.is_stream is (stream is True)
+    assert found.model == "m"
+    assert 1 <= found.weight <= 100_000
+    assert found.is_stream is (stream is True)
 
 
 def test_a_form_is_one_request() -> None:
-    assert asked_in(form(('name="model"', b"whisper")), BOUNDARY) == Asked("whisper")
+    assert asked(form(('name="model"', b"whisper")), BOUNDARY) == Asked("whisper")
 
 
 BOUNDARY = "multipart/form-data; boundary=frontier"
@@ -331,8 +367,8 @@ def test_the_model_of_a_form_is_found_beside_any_file(content: bytes) -> None:
     file = ('name="file"; filename="a.wav"', content.replace(b"--frontier", b""))
     named = ('name="model"', b"whisper")
 
-    assert asked_in(form(file, named), BOUNDARY).model == "whisper"
-    assert asked_in(form(named, file), BOUNDARY).model == "whisper"
+    assert asked(form(file, named), BOUNDARY).model == "whisper"
+    assert asked(form(named, file), BOUNDARY).model == "whisper"
 
 
 @pytest.mark.parametrize(
@@ -343,7 +379,7 @@ def test_the_model_of_a_form_is_found_beside_any_file(content: bytes) -> None:
     ],
 )
 def test_a_boundary_may_be_written_in_several_ways(content_type: str) -> None:
-    assert asked_in(form(('name="model"', b"whisper")), content_type).model == "whisper"
+    assert asked(form(('name="model"', b"whisper")), content_type).model == "whisper"
 
 
 @pytest.mark.parametrize(
@@ -369,6 +405,6 @@ def test_a_form_without_a_usable_model_is_refused(
 @given(st.binary(max_size=300))
 def test_any_other_form_is_refused_or_names_a_model(body: bytes) -> None:
     try:
-        assert asked_in(b"--frontier\r\n" + body, BOUNDARY).model
+        assert asked(b"--frontier\r\n" + body, BOUNDARY).model
     except ValidationFailed as error:
         assert error.message

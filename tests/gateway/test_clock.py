@@ -291,7 +291,7 @@ async def test_a_cancel_after_the_limit_is_too_late() -> None:
     def both() -> None:
         timed.deadline.queued_at = 0
         timed.deadline.limits = replace(timed.deadline.limits, queue_s=0)
-        timed.clock._ring()
+        timed.clock._set()
         timed.clock.cancel(Cancelled())
 
     assert (await timed.expires(both)).phase is Phase.QUEUE

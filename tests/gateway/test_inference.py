@@ -202,7 +202,7 @@ async def test_who_leaves_a_tokenizer_holds_no_slot_for_a_confirmation() -> None
 
 @awaited
 async def test_a_request_may_be_cancelled_while_its_body_is_on_its_way() -> None:
-    """It ends when the body is there, and no worker is asked."""
+    """It ends at once, whether the body comes or not, and no worker is asked."""
     engine = Held()
     async with serving(engine.answer) as it, asyncio.TaskGroup() as tasks:
         rest = asyncio.Event()
@@ -223,9 +223,9 @@ async def test_a_request_may_be_cancelled_while_its_body_is_on_its_way() -> None
         await until(lambda: traffic_of(it).views(), "the request to arrive")
         answer, _told = await it.ask("DELETE", "/hive/v1/requests/r1")
         assert answer.status == 204
-        rest.set()
 
         assert await sending == (499, "REQUEST_CANCELLED")
+        rest.set()
         assert engine.asked == 0
         assert it.heard(RequestAdmitted) == []
         assert it.door.in_flight == 0
@@ -268,3 +268,26 @@ async def test_a_hive_that_stops_starts_nothing_any_more(action: str) -> None:
 
         assert (answer.status, told["error"]["code"]) == (503, "SERVICE_UNAVAILABLE")
         assert answer.headers["X-Hive-Reason"] == "draining"
+
+
+# ── Stored responses ────────────────────────────────────────────────────────────────────────────
+
+
+@awaited
+async def test_a_stored_response_is_for_the_key_that_asked_for_it_and_within_its_limits() -> None:
+    async def stores(request: web.Request) -> web.Response:
+        return web.json_response({"id": "resp_1", "path": request.path})
+
+    keys = [{**key("mine"), "requests_per_minute": 2}, key("other")]
+    async with serving(stores, auth={"keys": keys}) as it:
+        path, made = "/v1/responses/resp_1", {"model": "m", "input": "a"}
+        answer, _ = await it.ask("POST", "/v1/responses", made, **bearer("mine"))
+        assert answer.status == 200
+        for method in ("GET", "DELETE"):
+            answer, told = await it.ask(method, path, **bearer("other"))
+            assert (answer.status, told["error"]["code"]) == (404, "NOT_FOUND")
+        answer, told = await it.ask("GET", path, **bearer("mine"))
+        assert (answer.status, told["path"]) == (200, path)
+        answer, told = await it.ask("GET", path, **bearer("mine"))
+        assert (answer.status, told["error"]["code"]) == (429, "RATE_LIMITED")
+        assert it.door.in_flight == 0

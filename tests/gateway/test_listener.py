@@ -27,12 +27,17 @@ uvloop.run(asyncio.sleep(0))  # its first loop opens a pipe of libuv's own, for 
 REQUEST = b"GET / HTTP/1.1\r\nHost: h\r\n\r\n"
 
 
-def settings(port: int = 0, host: str = "127.0.0.1") -> Settings:
+def settings(port: int = 0, host: str = "127.0.0.1", stall_s: float = 60) -> Settings:
     model = {"engine": "command", "device": "cpu", "command": ["x{socket}"]}
     key = {"name": "k", "sha256": "0" * 64}
     server = {"host": host, "port": port}
     return Settings.model_validate(
-        {"server": server, "models": {"m": model}, "auth": {"keys": [key]}}
+        {
+            "server": server,
+            "models": {"m": model},
+            "auth": {"keys": [key]},
+            "timeouts": {"stall_s": stall_s},
+        }
     )
 
 
@@ -90,6 +95,27 @@ async def listens(made: Settings | None = None, **options: Any) -> AsyncIterator
     it = Listening()
     async with listening(it.app, made or settings(), it.announcer, **options):
         yield it
+
+
+# ── Who does not read ───────────────────────────────────────────────────────────────────────────
+
+
+@awaited
+async def test_who_asks_and_never_reads_is_cut_off() -> None:
+    """Else a few such clients would hold all the connections there are, for ever."""
+    async with listens(settings(stall_s=0.5), unread_s=0.5) as it:
+        _, writer = await it.connects()
+        transport = writer.transport
+        assert isinstance(transport, asyncio.Transport)
+        transport.pause_reading()
+
+        def asks_on() -> bool:
+            if transport.get_write_buffer_size() < 100_000:
+                transport.write(REQUEST * 100)
+            return transport.is_closing()
+
+        await until(asks_on, "the end of the connection")
+        writer.close()
 
 
 # ── The socket ──────────────────────────────────────────────────────────────────────────────────

@@ -12,7 +12,6 @@ import pytest
 from aiohttp import web
 
 from hive.events import RequestAborted, RequestExpired
-from hive.gateway.relay import begun_mark
 from steps.driver import Double, Hive, chat_body
 from steps.waiting import must
 from tests.gateway.serving import Engine, serving
@@ -277,21 +276,6 @@ def test_the_engine_gets_the_body_byte_for_byte(served: Hive) -> None:
     body = b'{ "model" : "m",\t"messages":[{"role":"user","content":"\\u00e9 tag=b"}], "x":1e2 }'
     through(served, CHAT, body)
     assert Double(served.control("m")).requests[-1]["body"] == body.decode()
-
-
-@pytest.mark.parametrize(
-    ("piece", "held"),
-    [
-        (b'data: {"id":1}\n\n', 0),
-        (b'data: {"id":1}\n\ndata: {"err', 11),
-        (b'data: {"id":1}\n\ndata: {"id', 0),
-        (b"data: x\n\neven", 4),
-        (b"d", 1),
-        (b"", 0),
-    ],
-)
-def test_an_error_cut_by_the_pieces_end_is_held_until_it_is_whole(piece: bytes, held: int) -> None:
-    assert begun_mark(piece) == held
 
 
 # ── what an attempt says of its worker ──────────────────────────────────────────────────────────

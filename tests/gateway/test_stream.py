@@ -4,12 +4,13 @@ import asyncio
 import json
 
 from hive.events import (
+    COUNTED,
+    Announcer,
     BreakerMoved,
     DaemonMoved,
     Event,
     HintJudged,
     RequestAborted,
-    RequestAdmitted,
     RequestEnded,
     RequestExpired,
     RequestRefused,
@@ -148,7 +149,6 @@ async def test_when_hive_stops_the_last_event_says_so_and_the_stream_ends() -> N
 async def test_good_requests_are_not_in_the_stream_and_failed_ones_are() -> None:
     stream = EventStream()
     with stream.reader(None) as queue:
-        stream.hear(RequestAdmitted("req-1", "llama", "llama-0", 0.1))
         stream.hear(ended(None))
         stream.hear(ended("WORKER_CRASHED"))
         (only,) = waiting(queue)
@@ -159,7 +159,8 @@ async def test_good_requests_are_not_in_the_stream_and_failed_ones_are() -> None
 @awaited
 async def test_what_only_the_metrics_count_is_not_in_the_stream() -> None:
     """Every refusal of a busy hour would push what matters out of what is kept."""
-    stream = EventStream()
+    stream, announcer = EventStream(), Announcer()
+    announcer.listen(stream.hear, deaf_to=COUNTED)
     with stream.reader(None) as queue:
         for event in (
             RequestRefused("llama", "queue_full"),
@@ -168,7 +169,7 @@ async def test_what_only_the_metrics_count_is_not_in_the_stream() -> None:
             HintJudged("llama", 0.5),
             RetriesEnded("network", "success"),
         ):
-            stream.hear(event)
+            announcer.announce(event)
 
         assert queue.empty()
 

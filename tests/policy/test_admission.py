@@ -222,18 +222,20 @@ class RoomMachine(RuleBasedStateMachine):
     def closes(self, worker: str) -> None:
         """Who could go nowhere else is turned out; who waits for another worker's probe stays.
 
-        Not judged here: who came although nobody could ever serve it (a door asks `can_serve`).
+        Who avoids all that is left takes that. Not judged here: who came although nobody could
+        ever serve it (a door asks `can_serve`).
         """
         table = self.table
+        was_of_use = worker in table.open | table.tried
         table.closes(worker)
-        stuck = [t for t in table.order() if not table.who_may_serve(t)]
-        lost = [t for t in stuck if table.of_use(t, {worker})]
-        told = self.room.close(worker, self.now)
-        assert (
-            told == [t for t in lost if t in told or not table.of_use(t, table.tried)][: len(told)]
-        )
-        assert not any(table.of_use(t, table.tried) for t in told)
+        left = table.open | table.tried
+        stuck = [t for t in table.order() if was_of_use and not table.of_use(t, left)]
+        stuck = [t for t in stuck if table.of_use(t, {worker})]
+        lost = [t for t in stuck if t.pinned is not None or not left]
+        told, granted = self.room.close(worker, self.now)
+        assert told == lost
         self.were_turned_out(told)
+        self.went_in(granted)
 
     @precondition(lambda self: self.ends and self.table.queue)
     @rule()
@@ -404,7 +406,7 @@ def test_a_worker_that_ends_takes_its_places_along() -> None:
     held(room, 2)
     waiting(room, Ticket(), Ticket())
 
-    assert room.close("b", 0) == []
+    assert room.close("b", 0) == ([], [])
     assert room.waiting_count == 2
     refused(room)
 
@@ -493,15 +495,29 @@ def test_nobody_can_serve_one_that_all_have_failed() -> None:
 
 def test_who_loses_its_last_worker_is_told_once_and_the_others_wait_on() -> None:
     room = a_room(workers="ab")
-    held(room, 2)
+    _, in_b = held(room, 2)
     pinned, avoiding, free = Ticket(pinned="a"), Ticket(avoid=frozenset("b")), Ticket()
     waiting(room, pinned, free, avoiding)
 
-    assert room.close("a", 0) == [pinned, avoiding]
-    assert room.close("a", 0) == []
-    assert list(room.waiting) == [free]
-    assert room.shut() == [free]
+    assert room.close("a", 0) == ([pinned], [])
+    assert room.close("a", 0) == ([], [])
+    assert list(room.waiting) == [free, avoiding]  # who failed it is better than nobody
+    assert room.release(in_b, 0) == [free]
+    assert room.release(free, 0) == [avoiding]
+    assert avoiding.worker == "b"
     assert room.shut() == []
+
+
+def test_who_avoids_the_last_worker_takes_its_free_slot() -> None:
+    room = a_room(workers="ab")
+    in_a, _ = held(room, 2)
+    avoiding = Ticket(avoid=frozenset("b"))
+    waiting(room, avoiding)
+    (in_b,) = room.held["b"]
+    room.release(in_b, 0)
+
+    assert in_a.worker == "a"
+    assert room.close("a", 0) == ([], [avoiding])
 
 
 @pytest.mark.parametrize(
@@ -517,9 +533,9 @@ def test_who_waits_for_a_workers_probe_is_not_turned_out_by_anothers_end(
     waiting(room, first, second)
     assert room.open_once("a", 0.0) == [first]
 
-    assert room.close("b", 0) == []
+    assert room.close("b", 0) == ([], [])
     assert list(room.waiting) == [second]
-    assert room.close("a", 0) == [second]
+    assert room.close("a", 0) == ([second], [])
 
 
 def test_a_room_that_is_shut_stays_shut() -> None:
@@ -586,7 +602,7 @@ def test_of_those_who_wait_one_goes_in_and_the_others_share_its_fate() -> None:
         waiting(room, first, second)
         assert room.open_once("a", 0.0) == [first]
         assert list(room.waiting) == [second]
-        assert (end(room, "a", 1.0) if end else room.close("a", 0)) == [second]
+        assert (end(room, "a", 1.0) if end else room.close("a", 0)[0]) == [second]
         assert second.worker == ("a" if end else None)
 
 
@@ -763,8 +779,10 @@ def happens(room: Room, table: Table, what: str, pick: int, now: float) -> bool:
         assert opens(worker, now) == table.let_in(now)
     elif what == "closes" and not any(ticket.pinned for ticket in table.queue):
         table.closes(worker)
-        for ticket in room.close(worker, now):
+        lost, granted = room.close(worker, now)
+        for ticket in lost:
             table.queue.remove(ticket)
+        assert granted == table.let_in(now)
     else:
         return False
     return True

@@ -6,7 +6,6 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
-import aiohttp
 import pytest
 from aiohttp import web
 
@@ -14,6 +13,7 @@ from hive.workers.life import EngineOver, Life
 from hive.workers.process import Exit, Place
 from tests.patience import awaited, short_directory
 from tests.workers.standing import HandPulse
+from tests.workers.test_wire import GET, Heard
 
 
 @pytest.fixture
@@ -62,7 +62,7 @@ async def test_whoever_is_done_with_it_hears_nothing(home: Path) -> None:
     async with living(home) as life:
         async with life.until_over():
             await asyncio.sleep(0)
-        assert life._interrupts == set()
+        assert life._users == set()
         await life.close()
         await asyncio.sleep(0)
 
@@ -85,8 +85,11 @@ async def test_its_users_are_told_before_their_connections_are_cut(home: Path) -
         await web.UnixSite(runner, str(life.place.socket)).start()
 
         async def request() -> None:
-            async with life.until_over(), life.session.get("http://engine/"):
-                pass
+            wire = await life.wires.connect(5)
+            taker = Heard()
+            async with life.until_over():
+                wire.ask(GET, b"", taker, is_head=False)
+                await taker.ended.wait()
 
         using = tasks.create_task(ends_of(request()))
         await asked.wait()
@@ -95,32 +98,6 @@ async def test_its_users_are_told_before_their_connections_are_cut(home: Path) -
         assert await using == "over"
         released.set()
     await runner.cleanup()
-
-
-@awaited
-async def test_every_request_has_a_connection_of_its_own_with_its_headers_alone(
-    home: Path,
-) -> None:
-    """An engine that closes an idle connection just then loses nothing."""
-    seen: list[tuple[object, set[str]]] = []
-
-    async def answer(request: web.Request) -> web.Response:
-        seen.append((request.transport, {name.lower() for name in request.headers}))
-        return web.Response(text="yes", headers={"Set-Cookie": "a=b"})
-
-    app = web.Application()
-    app.router.add_get("/", answer)
-    runner = web.AppRunner(app)
-    await runner.setup()
-    async with living(home) as life:
-        await web.UnixSite(runner, str(life.place.socket)).start()
-        for _ in range(3):
-            async with life.session.get("http://engine/") as response:
-                assert await response.text() == "yes"
-    await runner.cleanup()
-
-    assert len({id(transport) for transport, _ in seen}) == 3
-    assert all(headers <= {"host", "connection"} for _, headers in seen)
 
 
 @awaited
@@ -141,9 +118,9 @@ async def test_its_end_ends_its_pulse_and_with_it_every_open_abort(home: Path) -
 async def test_after_its_end_nothing_can_be_sent(home: Path) -> None:
     async with living(home) as life:
         await life.close()
-        with pytest.raises((RuntimeError, aiohttp.ClientError)):
-            await life.session.get("http://engine/")
-        assert life.session.closed
+        with pytest.raises(OSError, match="No such file"):
+            await life.wires.connect(5)
+        assert life.wires.take() is None
 
 
 @awaited
@@ -151,7 +128,7 @@ async def test_a_use_that_begins_after_the_end_is_told_at_once(home: Path) -> No
     async with living(home) as life:
         await life.close()
         assert await ends_of(uses(life, asyncio.Event())) == "over"
-        assert life._interrupts == set()
+        assert life._users == set()
 
 
 @awaited

@@ -234,6 +234,30 @@ async def test_many_aborts_ask_no_more_often_than_one() -> None:
 
 
 @awaited
+async def test_an_engine_whose_metrics_fail_is_not_condemned_for_an_abort() -> None:
+    """Nothing says that it still runs: its other requests would pay for a broken page."""
+    async with watched(cleanup_s=0.2) as it:
+        it.engine.status, it.engine.text = 500, "boom"
+        it.begin(1)
+        it.abort("a")
+        await until(lambda: it.ended, "the end of the wait")
+
+        assert it.ended == [("a", "unknown")]
+        assert it.hung == []
+
+
+@awaited
+async def test_a_request_that_the_engine_does_not_count_can_hang_as_well() -> None:
+    """To tokenize, for example: what stands still must be found out."""
+    async with watched(longest_s=0.3) as it:
+        it.begin(0)
+        await until(lambda: it.hung, "the hanging engine")
+        it.pulse.ended(0)
+
+        assert "no progress" in it.hung[0]
+
+
+@awaited
 async def test_what_a_request_weighs_is_what_the_engine_counts() -> None:
     """`n` and lists of prompts: it is over when all of them are."""
     async with watched() as it:

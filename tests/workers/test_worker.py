@@ -686,7 +686,7 @@ async def test_what_nobody_foresaw_during_an_end_ends_the_tree_all_the_same(
         assert unforeseen(stage)
         assert stage.worker.life is None
         assert not any(guard.look_at(pid) for pid in members)
-        assert life.session.closed
+        assert not life.wires.opened
 
 
 @awaited
