@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 DEMO := .demo
 
-.PHONY: demo test check docs engine model bench soak test-gpu clean
+.PHONY: demo test check docs engine model bench bench-gateway bench-tools soak test-gpu clean
 
 $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "hive needs Python 3.11 or newer; set PYTHON=")'
@@ -44,11 +44,22 @@ docs: $(STAMP)
 bench: $(STAMP)
 	$(BIN)/python -m benchmarks
 
+# hive's relay beside other proxies and gateways, each on a core of its own; ten minutes.
+bench-gateway: $(STAMP)
+	$(BIN)/python -m benchmarks.gateway
+
+# What `make bench-gateway` measures beside hive; needs root. Without it they are left out.
+bench-tools:
+	apt-get install --yes --no-install-recommends nginx-light haproxy
+	$(PYTHON) -m venv .bench
+	.bench/bin/python -m pip install --quiet sglang-router==0.3.2 vllm-router==0.1.17
+
 # Many times over what `make test` does once, on doubles and on the real vLLM: half an hour, an hour
 # at most. Each test prints its seed, and says in its file how to repeat it or let it run longer.
+MILLION := tests/gateway/test_relay.py::test_two_hundred_streams_at_once_get_every_token_once_and_in_order
 soak: model
 	$(BIN)/python -m pytest steps/test_kills.py steps/test_soak.py steps/test_overload.py \
-	  steps/test_permits.py steps/test_real_kills.py \
+	  steps/test_permits.py $(MILLION) steps/test_real_kills.py \
 	  --soak -s --session-timeout=3600
 
 # What only a GPU can show; HIVE_GPU_PYTHON names a Python with torch for CUDA (docs/gpu.md).
@@ -56,4 +67,4 @@ test-gpu: $(STAMP)
 	$(BIN)/python -m pytest -m gpu --timeout=600
 
 clean:
-	rm -rf $(VENV) $(DEMO) build *.egg-info
+	rm -rf $(VENV) $(DEMO) .bench build *.egg-info

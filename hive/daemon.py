@@ -30,6 +30,9 @@ from hive.workers.preparing import prepared, unless
 
 log = logging.getLogger(__name__)
 
+# A request makes some hundred objects and hardly a cycle: Python's own 700 is a look every few
+# requests at what is about to be freed anyhow.
+GC_AFTER = (10_000, 20, 20)
 RECHECK_S = 10.0  # how often leaks that are known are looked at again
 
 
@@ -88,6 +91,7 @@ async def serve_supervised(
             await fleet.start()
             gc.collect()
             gc.freeze()  # what exists now lives as long as hive: never look at it again
+            gc.set_threshold(*GC_AFTER)
             await until_the_end(stop_asked, fleet)
             why = fleet.verdict.message if fleet.verdict else ""
             announcer.announce(DaemonMoved("stopping", why))

@@ -6,7 +6,6 @@ import secrets
 import shutil
 import threading
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -115,19 +114,14 @@ def _beside(target: Path) -> Iterator[Path]:
 def _write(python: Path, directory: Path, seed: int) -> dict[str, Any]:
     # -P: the script's own directory must not hide the environment's packages.
     command = (str(python), "-P", str(SCRIPT), str(directory), str(seed))
-    stop = threading.Event()
-    with ThreadPoolExecutor(1) as threads:
-        asking = threads.submit(ask, command, LIMIT_S, stop, _environment())
-        try:
-            done = asking.result()
-        except TimeoutError as exc:
-            raise OperationTimeout(
-                f"The model was not written within {LIMIT_S} s.",
-                action="Look at what keeps the host busy, then try again.",
-                timeout_seconds=LIMIT_S,
-            ) from exc
-        finally:
-            stop.set()  # a signal: the thread ends it, and is waited for
+    try:
+        done = ask(command, LIMIT_S, threading.Event(), _environment())
+    except TimeoutError as exc:
+        raise OperationTimeout(
+            f"The model was not written within {LIMIT_S} s.",
+            action="Look at what keeps the host busy, then try again.",
+            timeout_seconds=LIMIT_S,
+        ) from exc
     if done.status:
         last = [line for line in done.complaint.splitlines() if line.strip()][-LAST_LINES:]
         raise WorkerSpawnFailed(

@@ -312,18 +312,16 @@ def _write_access(event: RequestEnded) -> None:
         "method": event.method,
         "path": event.path,
         "status": event.status,
-        "model": event.model,
-        "worker": event.worker,
-        "code": event.code,
-        "key": event.key,
         "seconds": round(event.seconds, 4),
-        "first_byte_s": None if event.first_byte_s is None else round(event.first_byte_s, 4),
         "bytes_in": event.bytes_in,
         "bytes_out": event.bytes_out,
     }
-    facts = {key: value for key, value in facts.items() if value is not None}
-    writers = [handler for handler in root.handlers if isinstance(handler, Writer)]
-    if len(writers) != 1 or not writers[0].is_json:
+    known = {"model": event.model, "worker": event.worker, "code": event.code, "key": event.key}
+    facts |= {key: value for key, value in known.items() if value is not None}
+    if event.first_byte_s is not None:
+        facts["first_byte_s"] = round(event.first_byte_s, 4)
+    writer = root.handlers[0] if root.handlers else None
+    if not isinstance(writer, Writer) or not writer.is_json:
         structlog.get_logger("hive").log(level, "request", **facts)
         return
     # What comes from the client; the rest is hive's own words.
@@ -331,7 +329,7 @@ def _write_access(event: RequestEnded) -> None:
     if not _OWN_ID.match(event.request_id):
         facts["request_id"] = without_secrets(event.request_id)
     facts |= {"event": "request", "level": name, "logger": "hive", "timestamp": _now()}
-    writers[0].hold(_encode(facts).decode(), is_urgent=False)
+    writer.hold(_encode(facts).decode(), is_urgent=False)
 
 
 _encode = msgspec.json.Encoder().encode

@@ -264,6 +264,10 @@ class Metrics:
                 pass  # operators' requests are not inference
             case RequestEnded():
                 self._count(event)
+            case RequestAdmitted():
+                self._of(self.queue_s, event.model).observe(event.queue_s)
+            case RequestRefused():
+                self._of(self.refusals, event.model, event.reason).inc()
             case WorkerMoved():
                 self._set_state(event.worker, State(event.new))
             case WorkerStarted():
@@ -276,14 +280,9 @@ class Metrics:
                 self._of(self.stop_s, event.worker, event.how).observe(event.stop_s)
             case _:
                 self._hear_of_requests(event)
-                self._hear_of_devices(event)
 
     def _hear_of_requests(self, event: Event) -> None:
         match event:
-            case RequestAdmitted():
-                self._of(self.queue_s, event.model).observe(event.queue_s)
-            case RequestRefused():
-                self._of(self.refusals, event.model, event.reason).inc()
             case HintJudged():
                 self._of(self.hint_error_s, event.model).observe(event.error_s)
             case RequestExpired():
@@ -297,6 +296,8 @@ class Metrics:
                 self._of(self.retries, event.operation, event.outcome).inc()
             case BreakerMoved():
                 self._of(self.breaker_state, event.model, event.worker).set(_BREAKER[event.new])
+            case _:
+                self._hear_of_devices(event)
 
     def _hear_of_devices(self, event: Event) -> None:
         match event:

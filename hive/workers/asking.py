@@ -9,6 +9,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import NamedTuple
 
@@ -36,11 +37,26 @@ def ask(
 ) -> Answer:
     """Run a program, with little of hive's environment and what `env` adds to it, to its end.
 
-    For a thread of its own: a signal's exception in the middle of it could leave the program behind.
-
     Raises OSError when it cannot be started, TimeoutError after `within_s` and when `stop` is set.
-    It writes into files, not pipes: a child that it leaves behind would hold a pipe open.
+    Whatever ends the wait, ends the program: it has a thread of its own, where no signal's
+    exception can come between its start and its end.
     """
+    left = threading.Event()
+    with ThreadPoolExecutor(1) as threads:
+        try:
+            return threads.submit(_ask, command, within_s, (stop, left), env or {}).result()
+        finally:
+            left.set()
+
+
+def _ask(
+    command: Sequence[str],
+    within_s: float,
+    stops: tuple[threading.Event, threading.Event],
+    env: Mapping[str, str],
+) -> Answer:
+    """It writes into files, not pipes: a child that it leaves behind would hold a pipe open."""
+    stop, left = stops
     with (
         tempfile.TemporaryFile() as said,
         tempfile.TemporaryFile() as complaint,
@@ -50,14 +66,14 @@ def ask(
             stdin=subprocess.DEVNULL,
             stdout=said,
             stderr=complaint,
-            env={**(env or {}), **_environment(mark)},
+            env={**env, **_environment(mark)},
             start_new_session=True,
         ) as process,
         _group_killed(process.pid),
     ):
         until = time.monotonic() + within_s
         while process.poll() is None:
-            if stop.wait(LOOK_S) or time.monotonic() > until:
+            if left.wait(LOOK_S) or stop.is_set() or time.monotonic() > until:
                 raise TimeoutError(f"{command[0]} has not answered")
         return Answer(process.returncode, _end_of(said.fileno()), _end_of(complaint.fileno()))
 

@@ -19,7 +19,8 @@ from tests.patience import awaited, until
 
 CHAT = "/v1/chat/completions"
 STREAMS = 200
-TOKENS = 60
+TOKENS, MANY_TOKENS = 60, 5000
+LONGEST_S = 600
 BODIES = {
     CHAT: chat_body("m", "abc", max_tokens=7),
     "/v1/completions": {"model": "m", "prompt": "tag=abc", "max_tokens": 7},
@@ -141,13 +142,13 @@ def test_each_token_is_a_chunk_of_its_own_as_it_comes(hive: Hive) -> None:
 
 
 @awaited
-async def read_all(hive: Hive) -> None:
+async def read_all(hive: Hive, tokens: int) -> None:
     connector = aiohttp.TCPConnector(limit=0)
-    timeout = aiohttp.ClientTimeout(total=40)
+    timeout = aiohttp.ClientTimeout(total=LONGEST_S)
     async with aiohttp.ClientSession(hive.url, connector=connector, timeout=timeout) as session:
 
         async def read(number: int) -> None:
-            body = chat_body("m", f"s{number}", stream=True, max_tokens=TOKENS)
+            body = chat_body("m", f"s{number}", stream=True, max_tokens=tokens)
             async with session.post(CHAT, json=body) as answer:
                 assert answer.status == 200
                 events = (await answer.read()).decode().split("\n\n")
@@ -155,7 +156,7 @@ async def read_all(hive: Hive) -> None:
             made = [json.loads(event[6:])["choices"][0] for event in events[:-2]]
             assert made[0]["delta"] == {"role": "assistant", "content": ""}
             told = [choice["delta"]["content"] for choice in made[1:]]
-            assert told == [f"s{number}:{k} " for k in range(TOKENS)]
+            assert told == [f"s{number}:{k} " for k in range(tokens)]
             assert [choice["finish_reason"] for choice in made[-2:]] == [None, "length"]
 
         async with asyncio.TaskGroup() as tasks:
@@ -163,17 +164,20 @@ async def read_all(hive: Hive) -> None:
                 tasks.create_task(read(number), name=f"client {number}")
 
 
+@pytest.mark.timeout(LONGEST_S + 60)
 @pytest.mark.parametrize("pace", ["0", "0.01"])
 def test_two_hundred_streams_at_once_get_every_token_once_and_in_order(
-    hive: Hive, pace: str
+    hive: Hive, pace: str, pytestconfig: pytest.Config
 ) -> None:
+    """A million events in `make soak`: none is lost, doubled or altered."""
+    tokens = MANY_TOKENS if pytestconfig.getoption("soak") else TOKENS
     hive.model(
         "m",
         *("--token-s", pace, "--burst", "7", "--max-running", str(STREAMS)),
         max_concurrent=STREAMS,
     )
     hive.start()
-    read_all(hive)
+    read_all(hive, tokens)
     assert hive.metric("hive_requests_total", model="m", status="200") == STREAMS
     assert hive.metric("hive_in_flight", model="m") == 0
 
