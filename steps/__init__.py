@@ -1,6 +1,7 @@
 """The steps of the features, by noun; this index is the plugin that pytest loads (`-p steps`)."""
 
 import re
+import signal
 from collections.abc import Callable
 
 import pytest
@@ -43,6 +44,11 @@ def pytest_bdd_apply_tag(tag: str, function: Callable[..., object]) -> bool | No
         pytest.mark.requirement(tag)(function)
         return True
     return None
+
+
+def pytest_configure() -> None:
+    """Started in the background of a shell, everything ignores Ctrl+C: programs under test must not."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

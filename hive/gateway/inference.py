@@ -234,7 +234,6 @@ class Inference:
 
     async def _admitted(self, door: Door, ticket: Ticket, passage: Passage, clock: Clock) -> Permit:
         clock.check()
-        clock.queued(time.monotonic())
         permit = door.enter(ticket)
         if permit is None:
             try:

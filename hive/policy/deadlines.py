@@ -54,7 +54,7 @@ class Deadline:
     arrived: float
     is_stream: bool = False
     own_s: float | None = None
-    queued_at: float = 0.0  # when it asked for a slot: its body was there, or it asks again
+    queued_at: float = 0.0  # when it asked for a slot again
     slot_at: float | None = None
     first_byte_at: float | None = None
     last_byte_at: float = 0.0  # set with the first one
