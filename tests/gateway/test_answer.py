@@ -456,19 +456,6 @@ async def test_an_engines_end_does_not_touch_an_answer_that_is_whole() -> None:
         assert len(await asyncio.wait_for(reader.readexactly(size), 20)) == size
 
 
-@awaited
-async def test_a_cancel_of_an_answer_that_is_whole_adds_nothing_to_it() -> None:
-    body = b"".join(chunk(b"data: " + b"x" * 60_000 + b"\n\n") for _ in range(100)) + LAST
-    async with answering([STREAM + body]) as (it, _), client(it) as (reader, writer):
-        await full(it, writer)
-        answer, _told = await it.ask("DELETE", "/hive/v1/requests/r")
-        assert answer.status == 204
-        with contextlib.suppress(ConnectionError):
-            got = await asyncio.wait_for(reader.read(-1), 10)
-            assert b"event: error" not in got
-        await until(lambda: not passages(it), "its end")
-
-
 # ── what an attempt says of its worker ──────────────────────────────────────────────────────────
 
 
