@@ -6,7 +6,8 @@ Whoever causes a fact announces it once; metrics, logs and the event stream only
 import logging
 from collections.abc import Callable, Collection
 from contextvars import ContextVar
-from dataclasses import dataclass
+
+import msgspec
 
 log = logging.getLogger(__name__)
 
@@ -14,13 +15,11 @@ log = logging.getLogger(__name__)
 request_id_var: ContextVar[str | None] = ContextVar("request_id", default=None)
 
 
-@dataclass(frozen=True, slots=True)
-class Event:
-    """One fact. Times are seconds; byte counts are bytes."""
+class Event(msgspec.Struct, frozen=True, gc=False):
+    """One fact. Times are seconds; byte counts are bytes. A Struct: two are made for each request."""
 
 
-@dataclass(frozen=True, slots=True)
-class WorkerMoved(Event):
+class WorkerMoved(Event, frozen=True, gc=False):
     """A worker left one state for another; `reason` is a sentence or empty."""
 
     worker: str
@@ -30,8 +29,7 @@ class WorkerMoved(Event):
     reason: str = ""
 
 
-@dataclass(frozen=True, slots=True)
-class WorkerStarted(Event):
+class WorkerStarted(Event, frozen=True, gc=False):
     """The engine's process exists. `unasked` says that nobody asked for this start."""
 
     worker: str
@@ -40,8 +38,7 @@ class WorkerStarted(Event):
     unasked: bool
 
 
-@dataclass(frozen=True, slots=True)
-class WorkerReady(Event):
+class WorkerReady(Event, frozen=True, gc=False):
     """The engine answered its probe, `load_s` seconds after its process began."""
 
     worker: str
@@ -49,8 +46,7 @@ class WorkerReady(Event):
     load_s: float
 
 
-@dataclass(frozen=True, slots=True)
-class WorkerExited(Event):
+class WorkerExited(Event, frozen=True, gc=False):
     """The engine's first process ended: `cause` is asked, crashed, signal, guard_lost, …"""
 
     worker: str
@@ -60,8 +56,7 @@ class WorkerExited(Event):
     asked: bool
 
 
-@dataclass(frozen=True, slots=True)
-class WorkerEnded(Event):
+class WorkerEnded(Event, frozen=True, gc=False):
     """The whole process tree is gone; `how` is exit, term or kill."""
 
     worker: str
@@ -71,8 +66,7 @@ class WorkerEnded(Event):
     members: int
 
 
-@dataclass(frozen=True, slots=True)
-class WorkerRestartPlanned(Event):
+class WorkerRestartPlanned(Event, frozen=True, gc=False):
     """The worker will start again by itself after `delay_s`."""
 
     worker: str
@@ -82,8 +76,7 @@ class WorkerRestartPlanned(Event):
     allowed: int
 
 
-@dataclass(frozen=True, slots=True)
-class DeviceMoved(Event):
+class DeviceMoved(Event, frozen=True, gc=False):
     """A device came to be OK, QUARANTINED or LOST; `code` and `reason` say why."""
 
     device: str
@@ -93,8 +86,7 @@ class DeviceMoved(Event):
     reason: str
 
 
-@dataclass(frozen=True, slots=True)
-class DeviceRead(Event):
+class DeviceRead(Event, frozen=True, gc=False):
     """A device, as the driver told it just now; None is what it does not tell."""
 
     device: str
@@ -105,8 +97,7 @@ class DeviceRead(Event):
     ecc_errors: int | None
 
 
-@dataclass(frozen=True, slots=True)
-class XidSeen(Event):
+class XidSeen(Event, frozen=True, gc=False):
     """The driver reported an Xid, `count` times at once: `kind` is device, application or note."""
 
     device: str
@@ -117,8 +108,7 @@ class XidSeen(Event):
     count: int = 1
 
 
-@dataclass(frozen=True, slots=True)
-class StrangerSeen(Event):
+class StrangerSeen(Event, frozen=True, gc=False):
     """A process that is not hive's took memory of a device that hive serves on."""
 
     device: str
@@ -127,8 +117,7 @@ class StrangerSeen(Event):
     used_bytes: int
 
 
-@dataclass(frozen=True, slots=True)
-class VramChecked(Event):
+class VramChecked(Event, frozen=True, gc=False):
     """After a worker's end: its VRAM was returned, kept, or that is unproven; `detail` says why."""
 
     worker: str
@@ -138,8 +127,7 @@ class VramChecked(Event):
     detail: str
 
 
-@dataclass(frozen=True, slots=True)
-class LeakFound(Event):
+class LeakFound(Event, frozen=True, gc=False):
     """Something that a worker took was not given back; `how` says how to clear it."""
 
     kind: str
@@ -148,8 +136,7 @@ class LeakFound(Event):
     how: str
 
 
-@dataclass(frozen=True, slots=True)
-class LeakCleared(Event):
+class LeakCleared(Event, frozen=True, gc=False):
     """A leak is gone when it was looked at again."""
 
     kind: str
@@ -157,8 +144,7 @@ class LeakCleared(Event):
     worker: str
 
 
-@dataclass(frozen=True, slots=True)
-class RequestAdmitted(Event):
+class RequestAdmitted(Event, frozen=True, gc=False):
     """A client's request got a slot of a worker, after `queue_s` in the waiting room."""
 
     request_id: str
@@ -167,24 +153,21 @@ class RequestAdmitted(Event):
     queue_s: float
 
 
-@dataclass(frozen=True, slots=True)
-class RequestRefused(Event):
+class RequestRefused(Event, frozen=True, gc=False):
     """A request was turned away before anything was forwarded; `reason` is bounded."""
 
     model: str
     reason: str
 
 
-@dataclass(frozen=True, slots=True)
-class HintJudged(Event):
+class HintJudged(Event, frozen=True, gc=False):
     """A place became free: how far off an earlier Retry-After was."""
 
     model: str
     error_s: float
 
 
-@dataclass(frozen=True, slots=True)
-class RequestExpired(Event):
+class RequestExpired(Event, frozen=True, gc=False):
     """A limit of a request passed: `phase` names it."""
 
     request_id: str
@@ -192,8 +175,7 @@ class RequestExpired(Event):
     phase: str
 
 
-@dataclass(frozen=True, slots=True)
-class RequestAborted(Event):
+class RequestAborted(Event, frozen=True, gc=False):
     """What the engine did for a request was cut off; `confirmed` (yes, no, unknown): it stopped.
 
     `seconds` are from the abort until the slot was free.
@@ -206,8 +188,7 @@ class RequestAborted(Event):
     seconds: float
 
 
-@dataclass(frozen=True, slots=True)
-class RequestRetried(Event):
+class RequestRetried(Event, frozen=True, gc=False):
     """A request is sent again after `delay_s`, as call number `attempt` of `allowed`."""
 
     request_id: str
@@ -220,16 +201,14 @@ class RequestRetried(Event):
     code: str
 
 
-@dataclass(frozen=True, slots=True)
-class RetriesEnded(Event):
+class RetriesEnded(Event, frozen=True, gc=False):
     """Retries came to an end: `outcome` is success, exhausted or deadline."""
 
     operation: str
     outcome: str
 
 
-@dataclass(frozen=True, slots=True)
-class BreakerMoved(Event):
+class BreakerMoved(Event, frozen=True, gc=False):
     """A worker's breaker came to be closed, open or half_open after `failures` in a row."""
 
     model: str
@@ -239,8 +218,7 @@ class BreakerMoved(Event):
     failures: int
 
 
-@dataclass(frozen=True, slots=True)
-class RequestEnded(Event):
+class RequestEnded(Event, frozen=True, gc=False):
     """A client's request is over. `status` is the HTTP status sent (499: the client left)."""
 
     request_id: str
@@ -257,8 +235,7 @@ class RequestEnded(Event):
     bytes_out: int
 
 
-@dataclass(frozen=True, slots=True)
-class DaemonMoved(Event):
+class DaemonMoved(Event, frozen=True, gc=False):
     """The daemon itself: listening, stopping, stopped."""
 
     state: str

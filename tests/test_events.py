@@ -2,7 +2,6 @@
 
 import inspect
 import logging
-from dataclasses import FrozenInstanceError, fields, is_dataclass
 
 import pytest
 
@@ -62,11 +61,10 @@ def test_nobody_needs_to_listen() -> None:
 
 @pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.__name__)
 def test_a_fact_cannot_be_changed_afterwards(kind: type[Event]) -> None:
-    assert is_dataclass(kind)
-    fact = kind(**dict.fromkeys((field.name for field in fields(kind)), ""))
+    fact = kind(**dict.fromkeys(kind.__struct_fields__, ""))
 
-    with pytest.raises(FrozenInstanceError):
-        setattr(fact, fields(kind)[0].name, "something else")
+    with pytest.raises(AttributeError, match="immutable"):
+        setattr(fact, kind.__struct_fields__[0], "something else")
 
 
 @pytest.mark.parametrize("kind", KINDS, ids=lambda kind: kind.__name__)
@@ -74,7 +72,7 @@ def test_no_fact_carries_what_a_client_said(kind: type[Event]) -> None:
     """Prompts, keys and salts are in no event, so no listener can give them away (R076)."""
     private = {"body", "prompt", "messages", "api_key", "authorization", "cache_salt"}
 
-    assert not {field.name for field in fields(kind)} & private
+    assert not set(kind.__struct_fields__) & private
 
 
 def test_outside_a_request_there_is_no_request_id() -> None:

@@ -333,20 +333,15 @@ class Answer:
         if self._observe is not None and head.status < 300:  # noqa: PLR2004
             self._observe(out)
         is_kept = request.keep_alive and (self._is_chunked or head.length is not None)
-        lines = [
-            b"HTTP/1.1 %d %s\r\n" % (head.status, head.reason),
-            head.fields,
-            b"X-Request-Id: %s\r\n" % passage.request_id.encode(),
-        ]
+        own = f"X-Request-Id: {passage.request_id}\r\n"
         if not head.has_server:
-            lines.append(b"Server: hive\r\n")
+            own += "Server: hive\r\n"
         if self._is_chunked:
-            lines.append(b"Transfer-Encoding: chunked\r\n")
+            own += "Transfer-Encoding: chunked\r\n"
         if not is_kept:
-            lines.append(b"Connection: close\r\n")
+            own += "Connection: close\r\n"
         elif request.version < HttpVersion11:
-            lines.append(b"Connection: keep-alive\r\n")
-        lines += (b"\r\n", out)
+            own += "Connection: keep-alive\r\n"
         if head.status < 400:  # noqa: PLR2004
             self.permit.answers()
         self._request_body.release()  # nobody sends it again
@@ -356,7 +351,7 @@ class Answer:
         self._clock.first_byte(is_stream=head.is_stream, is_last=self._is_ended)
         if self._line.is_full:  # of an answer before it
             self.full()
-        return b"".join(lines)
+        return b"%s%s\r\n%s" % (head.opening, own.encode(), out)
 
     @property
     def _is_between_events(self) -> bool:

@@ -4,6 +4,7 @@ import hashlib
 import hmac
 import re
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Literal
 
 from aiohttp import web
@@ -17,6 +18,7 @@ Scope = Literal["inference", "admin", "metrics", "any", "nobody"]
 
 _PUBLIC = frozenset({"/livez", "/readyz"})
 _ADMIN = re.compile(r"/hive/v1/(workers|devices|drain|leaks|events)\b|/v1/(un)?load_lora_adapter\Z")
+_NOWHERE = ""
 _KEY_LENGTH = 512  # longer than any key: not worth hashing
 
 
@@ -58,6 +60,14 @@ def needed_scope(path: str) -> str | None:
     )
 
 
+@lru_cache(1024)
+def _scope_of(path: str) -> str | None:
+    if {".", ".."} & set(path.split("/")):
+        # Whoever resolves them later would reach a path whose scope was not asked for.
+        return _NOWHERE
+    return needed_scope(path)
+
+
 def fingerprint(presented: str) -> str:
     """Six hexadecimal digits that tell keys apart in a log without giving them away."""
     return hashlib.sha256(presented.encode(errors="surrogateescape")).hexdigest()[:6]
@@ -83,13 +93,10 @@ class Doorkeeper:
 
     def admit(self, request: web.Request) -> Caller:
         """The caller. Raises Unauthorized without a known key, Forbidden without the scope."""
-        if {".", ".."} & set(request.path.split("/")):
-            # Whoever resolves them later would reach a path whose scope was not asked for.
+        scope = _scope_of(request.path)
+        if scope == _NOWHERE:
             raise NotFound("There is nothing at this path.")
-        if not self._keys:
-            return ANYONE
-        scope = needed_scope(request.path)
-        if scope is None:
+        if scope is None or not self._keys:
             return ANYONE
         caller = self._find(_presented(request))
         if scope != "any" and not caller.may(scope):

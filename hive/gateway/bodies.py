@@ -5,7 +5,7 @@ import math
 import re
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import msgspec
 from aiohttp import web
@@ -52,8 +52,7 @@ _decoder = msgspec.json.Decoder(_Named)
 _items = msgspec.json.Decoder(list[msgspec.Raw])
 
 
-@dataclass(frozen=True, slots=True)
-class Asked:
+class Asked(NamedTuple):
     """What hive needs to know of a body: `weight` is how many requests the engine makes of it."""
 
     model: str

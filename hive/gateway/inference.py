@@ -85,7 +85,8 @@ class Inference:
     async def infer(self, request: web.Request) -> web.StreamResponse:
         """To a worker of the model that the body names, when one has a slot."""
         passage: Passage = request["passage"]
-        if "%" in request.raw_path.partition("?")[0]:
+        raw_path = request.raw_path
+        if "%" in raw_path and "%" in raw_path.partition("?")[0]:
             # The engine would decode it, and find another endpoint than the one that was judged.
             raise NotFound("There is nothing at this path.")
         quota = self._taken(request["caller"])
@@ -164,21 +165,34 @@ class Inference:
         """Admit, relay, and where nothing was answered yet, perhaps try again (C1-C4)."""
         passage: Passage = request["passage"]
         clock = passage.clock = self._clock(passage, asked, door, own_s)
-
-        async def attempt(ticket: Ticket) -> web.StreamResponse:
-            permit = await self._admitted(door, ticket, passage, clock)
-            remember = None
-            if request.path == "/v1/responses":
-                made = permit.worker.id, passage.key
-                remember = functools.partial(self._remember, made)
-            return await self._relay.forward(request, body, permit, passage, asked.weight, remember)
-
+        attempt = functools.partial(self._attempt, request, body, asked, door, passage, clock)
         try:
             return await attempt(ticket)
         except Unanswered as first:
             failure = first
             retries = Retries(self._announcer, passage, door, ticket, clock)
         return await retries.after(failure, attempt)
+
+    async def _attempt(
+        self,
+        request: web.Request,
+        body: Body,
+        asked: Asked,
+        door: Door,
+        passage: Passage,
+        clock: Clock,
+        ticket: Ticket,
+    ) -> web.StreamResponse:
+        clock.check()
+        permit = door.enter(ticket) or await self._waited_for(door, ticket, clock)
+        clock.got_slot()
+        worker = passage.worker = permit.worker.id
+        queue_s = ticket.granted - ticket.arrived
+        self._announcer.announce(RequestAdmitted(passage.request_id, door.model, worker, queue_s))
+        remember = None
+        if passage.path == "/v1/responses":
+            remember = functools.partial(self._remember, (worker, passage.key))
+        return await self._relay.forward(request, body, permit, passage, asked.weight, remember)
 
     def _clock(self, passage: Passage, asked: Asked, door: Door, own_s: float | None) -> Clock:
         limits = self._limits[door.model]
@@ -232,24 +246,16 @@ class Inference:
             worker=passage.worker,
         )
 
-    async def _admitted(self, door: Door, ticket: Ticket, passage: Passage, clock: Clock) -> Permit:
-        clock.check()
-        permit = door.enter(ticket)
-        if permit is None:
-            try:
-                async with clock.running():
-                    permit = await door.wait(ticket)
-            except BaseException:
-                if permit is not None:  # its limit passed just then
-                    permit.finished()
-                door.leave(ticket)  # or before it began to wait
-                raise
-        clock.got_slot()
-        passage.worker = permit.worker.id
-        queue_s = ticket.granted - ticket.arrived
-        self._announcer.announce(
-            RequestAdmitted(passage.request_id, door.model, permit.worker.id, queue_s)
-        )
+    async def _waited_for(self, door: Door, ticket: Ticket, clock: Clock) -> Permit:
+        permit = None
+        try:
+            async with clock.running():
+                permit = await door.wait(ticket)
+        except BaseException:
+            if permit is not None:  # its limit passed just then
+                permit.finished()
+            door.leave(ticket)  # or before it began to wait
+            raise
         return permit
 
     def _asked(self, request: web.Request, body: bytes) -> Asked:

@@ -205,13 +205,13 @@ def _head(request: web.Request, body: bytes, request_id: str) -> bytes:
             for one in named
             for part in one.split(",")
         }
-    for name, value in request.raw_headers:
-        if name.lower() not in dropped:
-            lines.append(b"%s: %s\r\n" % (name, value))
-    lines.append(b"X-Request-Id: %s\r\n" % request_id.encode())
+    lines += [
+        b"%s: %s\r\n" % field for field in request.raw_headers if field[0].lower() not in dropped
+    ]
+    own = f"X-Request-Id: {request_id}\r\n"
     if body or request.method == "POST":
-        lines.append(b"Content-Length: %d\r\n" % len(body))
-    lines.append(b"\r\n")
+        own += f"Content-Length: {len(body)}\r\n"
+    lines.append(f"{own}\r\n".encode())
     return b"".join(lines)
 
 

@@ -8,7 +8,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Self
 
 from aiohttp import web
 
@@ -46,6 +46,15 @@ class Passage:
     # While the client reads nothing: whether it has read since this was asked last.
     has_read: Callable[[], bool] | None = None
     blamed: set[str] = field(default_factory=set)  # workers that failed it
+    _traffic: "Traffic | None" = None  # that it is in, until it ends
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """It is over, however it ended."""
+        if self._traffic is not None:
+            self._traffic.ends(self)
 
     def cancel(self, cause: Exception | None = None) -> None:
         """End it, at once or where it waits next."""
@@ -95,9 +104,8 @@ class Traffic:
         self._ended: OrderedDict[str, tuple[float, str | None]] = OrderedDict()
         self._emptied = asyncio.Event()
 
-    @contextmanager
-    def passage(self, request: web.Request) -> Iterator[Passage]:
-        """Register a request, and announce its end however it ends.
+    def passage(self, request: web.Request) -> Passage:
+        """Register a request until the `with` block of its passage ends, which is announced.
 
         A usable X-Request-Id is kept, any other replaced. Raises Conflict, inside the passage
         that gets an id of its own, when the id is already in flight.
@@ -105,16 +113,17 @@ class Traffic:
         asked = request.headers.get("X-Request-Id", "")
         is_taken = asked in self._passages
         request_id = asked if _ID.match(asked) and not is_taken else os.urandom(16).hex()
-        passage = Passage(request_id, request.method, request.path)
+        passage = Passage(request_id, request.method, request.path, _traffic=self)
         self._passages[request_id] = passage
-        try:
-            yield passage
-        finally:
-            del self._passages[request_id]
-            if not self._passages:
-                self._emptied.set()
-            self._remember(passage)
-            self._announce_end(passage)
+        return passage
+
+    def ends(self, passage: Passage) -> None:
+        """It is in flight no longer."""
+        del self._passages[passage.request_id]
+        if not self._passages:
+            self._emptied.set()
+        self._remember(passage)
+        self._announce_end(passage)
 
     def refuse_duplicate(self, request: web.Request, passage: Passage) -> None:
         asked = request.headers.get("X-Request-Id", "")
@@ -168,18 +177,18 @@ class Traffic:
         first = passage.first_byte
         self._announcer.announce(
             RequestEnded(
-                request_id=passage.request_id,
-                method=passage.method,
-                path=passage.path,
-                status=passage.status or ABORTED,
-                model=passage.model,
-                worker=passage.worker,
-                code=passage.code,
-                key=passage.key,
-                seconds=now - passage.began,
-                first_byte_s=None if first is None else first - passage.began,
-                bytes_in=passage.bytes_in,
-                bytes_out=passage.bytes_out,
+                passage.request_id,
+                passage.method,
+                passage.path,
+                passage.status or ABORTED,
+                passage.model,
+                passage.worker,
+                passage.code,
+                passage.key,
+                now - passage.began,
+                None if first is None else first - passage.began,
+                passage.bytes_in,
+                passage.bytes_out,
             )
         )
 

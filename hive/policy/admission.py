@@ -7,7 +7,7 @@ by arrival within priority (R054-R056; contract, Errors, for the hint).
 
 import hashlib
 from collections import OrderedDict
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
 
@@ -130,10 +130,15 @@ class Room:
 
     @property
     def waiting_count(self) -> int:
-        return sum(map(len, self._waiting.values()))
+        count = 0
+        for places in self._waiting.values():
+            count += len(places)
+        return count
 
     def can_serve(self, ticket: Ticket) -> bool:
         """Whether any open worker may serve it, now or when it has a free slot."""
+        if ticket.pinned is None and not ticket.avoid:
+            return bool(self._open)
         return bool(self._candidates(ticket))
 
     def arrive(self, ticket: Ticket, now: float, chance: float) -> bool:
@@ -177,7 +182,7 @@ class Room:
     def grant(self, now: float) -> list[Ticket]:
         """Let in whoever waits and can go; nobody is held up by one who waits for another worker."""
         granted = []
-        if any(self._free(worker) for worker in self._open):
+        if self.waiting_count and any(self._free(worker) for worker in self._open):
             granted = [ticket for ticket in self.waiting if self._grant_one(ticket, now)]
         for ticket in granted:
             del self._waiting[ticket.priority][ticket]
@@ -214,6 +219,8 @@ class Room:
         return any(self._may(ticket, worker) for worker in self._open | self._tried)
 
     def _candidates(self, ticket: Ticket) -> list[str]:
+        if ticket.pinned is None and not ticket.avoid:  # of most
+            return list(self._open)
         return [worker for worker in self._open if self._may(ticket, worker)]
 
     def _grant_one(self, ticket: Ticket, now: float) -> bool:
@@ -228,18 +235,22 @@ class Room:
             self._tried.add(ticket.worker)
         return True
 
-    def _best(self, ticket: Ticket, free: Collection[str]) -> str:
+    def _best(self, ticket: Ticket, free: Sequence[str]) -> str:
         """The least loaded; of a session the one that its id leads to, while that has a slot."""
         if ticket.session is not None:
             favourite = max(self._candidates(ticket), key=lambda w: affinity(ticket.session, w))
             if favourite in free:
                 return favourite
+        if len(free) == 1:
+            return free[0]
         return min(free, key=lambda worker: (len(self.held[worker]), worker))
 
     def _judge_hints(self, now: float) -> None:
         """Once somebody who comes now would not be refused, it is known how true they were."""
+        if not self._judged:
+            return
         is_free = any(self._free(worker) for worker in self._open)
-        if self._judged and (is_free or (self._open and self._has_place())):
+        if is_free or (self._open and self._has_place()):
             self.hint_errors += [abs(hint - (now - at)) for at, hint in self._judged]
             self._judged.clear()
 

@@ -4,8 +4,9 @@ Pure: monotonic seconds. A caller may shorten the deadline and never extend it (
 R046-R049, C13, C15; contract, Deadlines). The phase that expires first is named.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from enum import StrEnum
+from typing import NamedTuple
 
 
 class Phase(StrEnum):
@@ -33,8 +34,7 @@ class Limits:
     cleanup_s: float
 
 
-@dataclass(frozen=True, slots=True)
-class Due:
+class Due(NamedTuple):
     """When a phase is over, its name and its limit (as configured, seconds)."""
 
     at: float
@@ -79,23 +79,22 @@ class Deadline:
         limits = self.limits
         if self.slot_at is None:
             queued_at = max(self.arrived, self.queued_at)
-            candidates = [Due(queued_at + limits.queue_s, Phase.QUEUE, limits.queue_s)]
+            first = Due(queued_at + limits.queue_s, Phase.QUEUE, limits.queue_s)
             # A slot that leaves no time for an answer is of no use.
             request = self.request
-            at = min(request.at, self.arrived + limits.request_s - limits.cleanup_s)
-            candidates.append(replace(request, at=at))
+            useful_by = self.arrived + limits.request_s - limits.cleanup_s
+            other = Due(min(request.at, useful_by), Phase.REQUEST, request.limit_s)
         elif self.first_byte_at is None:
             name = Phase.FIRST_TOKEN if self.is_stream else Phase.INFERENCE
             by = self.arrived + limits.request_s - limits.cleanup_s
-            at = min(self.slot_at + limits.inference_s, by)
-            due = Due(at, name, limits.inference_s)
+            first = Due(min(self.slot_at + limits.inference_s, by), name, limits.inference_s)
             if self.own_s is None:
-                return due
-            candidates = [due, self.request]
+                return first
+            other = self.request
         else:
-            due = Due(self.last_byte_at + limits.stall_s, Phase.STALL, limits.stall_s)
+            first = Due(self.last_byte_at + limits.stall_s, Phase.STALL, limits.stall_s)
             total_s = limits.stream_total_s
             if not self.is_stream or not total_s:
-                return due
-            candidates = [due, Due(self.slot_at + total_s, Phase.TOTAL, total_s)]
-        return min(candidates, key=lambda due: due.at)
+                return first
+            other = Due(self.slot_at + total_s, Phase.TOTAL, total_s)
+        return other if other.at < first.at else first

@@ -45,6 +45,7 @@ class Head:
     status: int
     reason: bytes
     fields: bytes
+    opening: bytes  # the status line, and `fields`
     content_type: bytes  # lower case, without parameters
     length: int | None
     is_chunked: bool
@@ -96,10 +97,13 @@ def _read_head(raw: bytes, answers_head: bool) -> Head:
         length, is_chunked = 0, False
     dropped = _HOP_BY_HOP | named
     kinds = values.get(b"content-type", [b""])
+    reason = status_line[3] or b""
+    kept = b"".join(line + b"\r\n" for name, line in fields if name not in dropped)
     return Head(
         status=status,
-        reason=status_line[3] or b"",
-        fields=b"".join(line + b"\r\n" for name, line in fields if name not in dropped),
+        reason=reason,
+        fields=kept,
+        opening=b"HTTP/1.1 %d %s\r\n%s" % (status, reason, kept),
         content_type=kinds[0].partition(b";")[0].strip().lower(),
         length=length,
         is_chunked=is_chunked,

@@ -11,13 +11,13 @@ import re
 import threading
 import time
 from collections import deque
-from dataclasses import asdict
 from functools import lru_cache
 from typing import Any
 
 import msgspec
 import structlog
 from aiohttp.http import HttpProcessingError
+from msgspec.structs import asdict
 from structlog.types import EventDict, Processor
 
 from hive.errors import by_code
@@ -244,10 +244,11 @@ def configure(level: str = "info", fd: int = STDERR) -> Writer:
 
 def write(event: Event) -> None:
     """The listener: one line a fact."""
+    if isinstance(event, RequestEnded):  # most of them are
+        _write_access(event)
+        return
     log: Any = structlog.get_logger("hive")
     match event:
-        case RequestEnded():
-            _write_access(event)
         case RequestRetried():
             log.warning("request is sent again", **asdict(event))
         case BreakerMoved():
@@ -307,29 +308,55 @@ def _write_access(event: RequestEnded) -> None:
     root = logging.getLogger()
     if not root.isEnabledFor(level):
         return
-    facts: dict[str, Any] = {
-        "request_id": event.request_id,
-        "method": event.method,
-        "path": event.path,
-        "status": event.status,
-        "seconds": round(event.seconds, 4),
-        "bytes_in": event.bytes_in,
-        "bytes_out": event.bytes_out,
-    }
-    known = {"model": event.model, "worker": event.worker, "code": event.code, "key": event.key}
-    facts |= {key: value for key, value in known.items() if value is not None}
-    if event.first_byte_s is not None:
-        facts["first_byte_s"] = round(event.first_byte_s, 4)
+    first_s = event.first_byte_s
+    line = _Access(
+        # What comes from the client; the rest is hive's own words.
+        event.request_id if _OWN_ID.match(event.request_id) else without_secrets(event.request_id),
+        event.method,
+        _without_secrets(event.path),
+        event.status,
+        round(event.seconds, 4),
+        event.bytes_in,
+        event.bytes_out,
+        event.model,
+        event.worker,
+        event.code,
+        event.key,
+        None if first_s is None else round(first_s, 4),
+        "request",
+        name,
+        "hive",
+        _now(),
+    )
     writer = root.handlers[0] if root.handlers else None
-    if not isinstance(writer, Writer) or not writer.is_json:
-        structlog.get_logger("hive").log(level, "request", **facts)
+    if isinstance(writer, Writer) and writer.is_json:
+        writer.hold(_encode(line).decode(), is_urgent=False)
         return
-    # What comes from the client; the rest is hive's own words.
-    facts["path"] = _without_secrets(event.path)
-    if not _OWN_ID.match(event.request_id):
-        facts["request_id"] = without_secrets(event.request_id)
-    facts |= {"event": "request", "level": name, "logger": "hive", "timestamp": _now()}
-    writer.hold(_encode(facts).decode(), is_urgent=False)
+    facts = msgspec.to_builtins(line)
+    for own in ("event", "level", "logger", "timestamp"):
+        del facts[own]
+    structlog.get_logger("hive").log(level, "request", **facts)
+
+
+class _Access(msgspec.Struct, omit_defaults=True, gc=False):
+    """The line of a request; what is None is left out."""
+
+    request_id: str
+    method: str
+    path: str
+    status: int
+    seconds: float
+    bytes_in: int
+    bytes_out: int
+    model: str | None = None
+    worker: str | None = None
+    code: str | None = None
+    key: str | None = None
+    first_byte_s: float | None = None
+    event: str = ""
+    level: str = ""
+    logger: str = ""
+    timestamp: str = ""
 
 
 _encode = msgspec.json.Encoder().encode

@@ -175,7 +175,7 @@ def test_a_caller_may_shorten_its_deadline_and_never_extend_it(
         assert own_s is not None
         due = own_due(deadline.arrived, own_s)
         if asked.slot_at is None:  # a slot must come while an answer is possible
-            due = replace(due, at=min(due.at, usual.answer_by))
+            due = due._replace(at=min(due.at, usual.answer_by))
         assert asked.due == due
 
 

@@ -8,11 +8,11 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import replace
 from typing import Any
 
 import pytest
 import structlog
+from msgspec.structs import replace
 
 from hive.errors import HiveError, every_error
 from hive.events import (

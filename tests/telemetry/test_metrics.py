@@ -1,11 +1,12 @@
 """The metrics: counted from what hive announces, with names from the configuration alone."""
 
 import asyncio
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from msgspec.structs import replace
 from prometheus_client.parser import text_string_to_metric_families
 
 from hive.events import (
