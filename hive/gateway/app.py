@@ -62,11 +62,11 @@ class Gateway:
         """What every request meets first: inference goes past aiohttp's routing, the rest there."""
         inference = self._inference
 
-        async def enter(request: web.BaseRequest) -> web.StreamResponse:
+        def enter(request: web.BaseRequest) -> Awaitable[web.StreamResponse]:
             if inference.takes(request):
                 assert isinstance(request, web.Request)
-                return await self._answer(request, inference.infer)
-            return await routed(request)
+                return self._answer(request, inference.infer)
+            return routed(request)
 
         return enter
 
@@ -119,7 +119,7 @@ class Gateway:
             self._traffic.refuse_duplicate(request, passage)  # ids are not told to strangers
             response = await handler(request)
         except HiveError as exc:
-            error = exc
+            error = exc.with_traceback(None)  # else it and this frame keep each other
         except web.HTTPException as exc:
             error = _from_aiohttp(exc)
         except (asyncio.CancelledError, ClientLeft):

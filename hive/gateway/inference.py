@@ -82,32 +82,8 @@ class Inference:
             return not path.startswith("/v1/responses/") and len(path) > len("/v1/")
         return path in PATHS
 
-    async def infer(self, request: web.Request) -> web.StreamResponse:
-        """To a worker of the model that the body names, when one has a slot."""
-        passage: Passage = request["passage"]
-        raw_path = request.raw_path
-        if "%" in raw_path and "%" in raw_path.partition("?")[0]:
-            # The engine would decode it, and find another endpoint than the one that was judged.
-            raise NotFound("There is nothing at this path.")
-        quota = self._taken(request["caller"])
-        try:
-            own_s = wishes.own_limit_s(request.headers, passage.began)
-            body = await self._intake.receive(request, passage, own_s)
-            try:
-                passage.bytes_in = len(body.data)
-                asked = self._asked(request, body.data)
-                door = self._fleet.door(asked.model)  # only configured names become a label
-                passage.model = asked.model
-                ticket = self._ticket(request)
-                return await self._serve(request, body, asked, door, ticket, own_s)
-            finally:
-                body.release()
-        finally:
-            quota.give_back()
-
     async def stored_response(self, request: web.Request) -> web.StreamResponse:
         """To the worker that made the response, which alone can know it; for who asked for it."""
-        passage: Passage = request["passage"]
         caller: Caller = request["caller"]
         worker_id, owner = self._makers.get(request.match_info["id"], (None, None))
         if worker_id is None or owner != caller.name:
@@ -115,17 +91,41 @@ class Inference:
                 "No such response is known here.",
                 action="A stored response lives in the engine that made it, until it restarts.",
             )
-        quota = self._taken(caller)
+        return await self.infer(request, worker_id)
+
+    async def infer(self, request: web.Request, pinned: str | None = None) -> web.StreamResponse:
+        """To a worker of the model that the body names, or to `pinned`, when it has a slot.
+
+        Where nothing was answered yet it is perhaps sent again (C1-C4).
+        """
+        raw_path = request.raw_path
+        if "%" in raw_path and "%" in raw_path.partition("?")[0]:
+            # The engine would decode it, and find another endpoint than the one that was judged.
+            raise NotFound("There is nothing at this path.")
+        passage: Passage = request["passage"]
+        quota = self._taken(request["caller"])
         try:
             own_s = wishes.own_limit_s(request.headers, passage.began)
             body = await self._intake.receive(request, passage, own_s)
             try:
                 passage.bytes_in = len(body.data)
-                passage.model = self._fleet.worker(worker_id).model
-                door = self._fleet.door(passage.model)
-                ticket = self._ticket(request, pinned=worker_id)
-                asked = Asked(passage.model, weight=0)
-                return await self._serve(request, body, asked, door, ticket, own_s)
+                if pinned is None:
+                    asked = self._asked(request, body.data)
+                else:
+                    asked = Asked(self._fleet.worker(pinned).model, weight=0)
+                door = self._fleet.door(asked.model)
+                passage.model = asked.model  # only configured names become a label
+                ticket = self._ticket(request, pinned)
+                clock = passage.clock = self._clock(passage, asked, door, own_s)
+                attempt = functools.partial(
+                    self._attempt, request, body, asked, door, passage, clock
+                )
+                try:
+                    return await attempt(ticket)
+                except Unanswered as first:
+                    failure = first
+                    retries = Retries(self._announcer, passage, door, ticket, clock)
+                return await retries.after(failure, attempt)
             finally:
                 body.release()
         finally:
@@ -145,33 +145,13 @@ class Inference:
             )
         return quota
 
-    def _ticket(self, request: web.Request, pinned: str | None = None) -> Ticket:
+    def _ticket(self, request: web.Request, pinned: str | None) -> Ticket:
         caller: Caller = request["caller"]
         return Ticket(
             wishes.priority(request.headers, caller.priority, caller.highest),
             pinned=pinned,
             session=wishes.session(request.headers),
         )
-
-    async def _serve(
-        self,
-        request: web.Request,
-        body: Body,
-        asked: Asked,
-        door: Door,
-        ticket: Ticket,
-        own_s: float | None,
-    ) -> web.StreamResponse:
-        """Admit, relay, and where nothing was answered yet, perhaps try again (C1-C4)."""
-        passage: Passage = request["passage"]
-        clock = passage.clock = self._clock(passage, asked, door, own_s)
-        attempt = functools.partial(self._attempt, request, body, asked, door, passage, clock)
-        try:
-            return await attempt(ticket)
-        except Unanswered as first:
-            failure = first
-            retries = Retries(self._announcer, passage, door, ticket, clock)
-        return await retries.after(failure, attempt)
 
     async def _attempt(
         self,

@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import secrets
 from functools import lru_cache
 from http import HTTPStatus
 from typing import Any
@@ -12,6 +13,9 @@ from aiohttp import HttpVersion11, web
 from hive.errors import HiveError
 from hive.gateway.line import Sent, sent
 from hive.policy import redaction
+
+MOST_MADE = 1024  # refusals that are kept ready
+_EXACT = "retry-after-ms"
 
 
 def body(error: HiveError, request_id: str | None = None) -> dict[str, Any]:
@@ -60,12 +64,16 @@ def headers(error: HiveError) -> dict[str, str]:
     found = {"x-should-retry": "true" if error.retryable else "false"}
     if error.retry_after_s is not None:
         found["Retry-After"] = str(error.retry_after_seconds)
-        found["retry-after-ms"] = str(round(max(0.0, error.retry_after_s) * 1000))
+        found[_EXACT] = str(_milliseconds(error.retry_after_s))
     if reason := error.details.get("reason"):
         found["X-Hive-Reason"] = str(reason)
     if error.status == 401:  # noqa: PLR2004
         found["WWW-Authenticate"] = "Bearer"
     return found
+
+
+def _milliseconds(seconds: float) -> int:
+    return round(max(0.0, seconds) * 1000)
 
 
 def response(error: HiveError, request_id: str | None) -> web.Response:
@@ -76,22 +84,48 @@ def write(
     error: HiveError, request: web.Request, transport: asyncio.Transport, request_id: str
 ) -> Sent:
     """The answer, written at once: refusals are most when hive has least time for them."""
-    content = _encode(body(error, request_id))
+    first, before_id, before_time, rest = _parts(error)
+    own_id, at = request_id.encode(), error.timestamp.isoformat().encode()
+    content = b"".join((before_id, own_id, before_time, at, rest))
     is_kept = bool(request.keep_alive)
-    lines = [f"HTTP/1.1 {error.status} {_phrase(error.status)}"]
-    lines += (f"{name}: {value}" for name, value in headers(error).items())
-    lines += (
-        f"X-Request-Id: {request_id}",
-        "Server: hive",
-        "Content-Type: application/json; charset=utf-8",
-        f"Content-Length: {len(content)}",
-    )
+    more = ""
+    if error.retry_after_s is not None:
+        more = f"retry-after-ms: {_milliseconds(error.retry_after_s)}\r\n"
     if not is_kept:
-        lines.append("Connection: close")
+        more += "Connection: close\r\n"
     elif request.version < HttpVersion11:
-        lines.append("Connection: keep-alive")
-    transport.write("\r\n".join((*lines, "\r\n")).encode() + content)
+        more += "Connection: keep-alive\r\n"
+    own = f"{more}X-Request-Id: {request_id}\r\nContent-Length: {len(content)}\r\n\r\n"
+    transport.write(b"".join((first, own.encode(), content)))
     return sent(error.status, is_kept=is_kept)
+
+
+def _parts(error: HiveError) -> tuple[bytes, bytes, bytes, bytes]:
+    """The head but for what is each answer's own; the body before its id, its time, and the rest.
+
+    The same few refusals are told again and again: each is made once.
+    """
+    told = error.message, error.suggested_action, error.param, error.retry_after_seconds
+    key = _encode((error.code, error.status, error.retryable, *told, error.public_details))
+    found = _made.get(key)
+    if found is None:
+        if len(_made) >= MOST_MADE:
+            _made.clear()
+        found = _made[key] = _taken_apart(error)
+    return found
+
+
+def _taken_apart(error: HiveError) -> tuple[bytes, bytes, bytes, bytes]:
+    lines = [f"HTTP/1.1 {error.status} {_phrase(error.status)}"]
+    lines += (f"{name}: {value}" for name, value in headers(error).items() if name != _EXACT)
+    lines += ("Server: hive", "Content-Type: application/json; charset=utf-8", "")
+    before_id, _, text = _encode(body(error, _OWN_ID)).partition(_OWN_ID.encode())
+    before_time, _, rest = text.partition(error.timestamp.isoformat().encode())
+    return "\r\n".join(lines).encode(), before_id, before_time, rest
+
+
+_made: dict[bytes, tuple[bytes, bytes, bytes, bytes]] = {}
+_OWN_ID = secrets.token_hex(16)  # stands for a request's
 
 
 _encode = msgspec.json.Encoder().encode
