@@ -37,18 +37,18 @@ BODIES: dict[str, bytes] = {
 }
 
 
-def form(model: str | None) -> bytes:
-    """A multipart form with a file, and the model after it, as some clients send it."""
-    lines = [
+def form(model: str | None, audio: bytes = AUDIO, *, is_model_first: bool = False) -> bytes:
+    """A multipart form with a file, and the model before it or, as some clients do, after it."""
+    file = [
         f"--{BOUNDARY}".encode(),
         b'Content-Disposition: form-data; name="file"; filename="a.wav"',
         b"Content-Type: audio/wav",
         b"",
-        AUDIO,
+        audio,
     ]
-    if model is not None:
-        lines += [f"--{BOUNDARY}".encode(), b'Content-Disposition: form-data; name="model"', b""]
-        lines += [model.encode()]
+    named = [f"--{BOUNDARY}".encode(), b'Content-Disposition: form-data; name="model"', b""]
+    named = [] if model is None else [*named, model.encode()]
+    lines = [*named, *file] if is_model_first else [*file, *named]
     return b"\r\n".join([*lines, f"--{BOUNDARY}--".encode(), b""])
 
 
@@ -82,6 +82,13 @@ def _(story: Story, what: str) -> None:
 def _(story: Story, model: str) -> None:
     kind = f"multipart/form-data; boundary={BOUNDARY}"
     story.ask("POST", "/v1/audio/transcriptions", form(model), Content_Type=kind)
+
+
+@when(parsers.parse('a client sends a recording of {mib:d} MiB for "{model}", the model {where}'))
+def _(story: Story, mib: int, model: str, where: str) -> None:
+    kind = f"multipart/form-data; boundary={BOUNDARY}"
+    body = form(model, bytes(mib * 2**20), is_model_first=where == "first")
+    story.ask("POST", "/v1/audio/transcriptions", body, Content_Type=kind)
 
 
 @when("a client sends a recording without a model")
@@ -272,6 +279,11 @@ def _(story: Story) -> None:
 @then("the answer says how long the recording is")
 def _(story: Story) -> None:
     assert story.answer.json["text"] == f"{len(AUDIO)} bytes"
+
+
+@then(parsers.parse("the answer says that the recording is {mib:d} MiB long"))
+def _(story: Story, mib: int) -> None:
+    assert story.answer.json["text"] == f"{mib * 2**20} bytes"
 
 
 @then(parsers.parse("the client is answered with {status:d} {code}"))

@@ -40,6 +40,22 @@ Feature: Request bodies
       And the reason is "bodies_full"
       And it is told when to come back
 
+  Rule: A recording is sent on as it comes
+    Its form says early which model it is for, so that hive need not hold the rest.
+
+    Scenario: It is larger than all that hive may hold
+      Given the setting server.max_buffered_mib is 1
+      And hive is serving
+      When a client sends a recording of 8 MiB for "llama", the model first
+      Then the answer says that the recording is 8 MiB long
+
+    Scenario: The model is told behind it
+      Given the setting server.max_buffered_mib is 1
+      And hive is serving
+      When a client sends a recording of 8 MiB for "llama", the model last
+      Then it is refused with 503 SERVICE_UNAVAILABLE
+      And the reason is "bodies_full"
+
   Rule: A body is plain
 
     Scenario: A compressed body

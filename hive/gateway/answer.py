@@ -96,7 +96,13 @@ class Answer:
         self._clock.attach(self)
         self.permit.life.attach(self)
         if self._cause is None:
-            wire.ask(head, self._request_body.data, self, is_head=self._request.method == "HEAD")
+            wire.ask(
+                head,
+                self._request_body.data,
+                self,
+                is_head=self._request.method == "HEAD",
+                is_whole=self._request_body.rest is None,
+            )
 
     async def is_suspicious(self) -> bool:
         """Wait for the next turn: False at the answer's end, when the client has taken it.

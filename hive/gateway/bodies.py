@@ -4,11 +4,12 @@ import asyncio
 import math
 import re
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from typing import NamedTuple
 
 import msgspec
-from aiohttp import web
+from aiohttp import StreamReader, web
 
 from hive.errors import (
     HttpError,
@@ -27,6 +28,7 @@ _BOUNDARY = re.compile(r'boundary="?([^";,]{1,200})"?', re.IGNORECASE)
 _FIELD_NAME = re.compile(rb'(?:[;\s])name="([^"]*)"')
 _LIST = re.compile(rb"\s*\[\s*(\S)")
 _MODEL_BYTES = 256
+EARLY_BYTES = 256 * 1024  # of a body that need not be held whole
 
 
 _MOST_WEIGHT = 100_000
@@ -61,14 +63,20 @@ class Asked(NamedTuple):
 
 
 class Body:
-    """A request's body, whole; it counts against `max_buffered_mib` until it is released."""
+    """A request's body; what is held of it counts against `max_buffered_mib` until it is released.
 
-    __slots__ = ("_intake", "_size", "data")
+    `data` is all of it, or its beginning: then `rest` is what has not come yet, and once some of
+    that was sent on it is spent, and cannot be sent again.
+    """
+
+    __slots__ = ("_intake", "_size", "data", "is_spent", "rest")
 
     def __init__(self, intake: "Intake") -> None:
         self._intake = intake
         self._size = 0
         self.data = b""
+        self.rest: Rest | None = None
+        self.is_spent = False
 
     def grows(self, size: int) -> None:
         """More of it has come. Raises PayloadTooLarge, ServiceUnavailable."""
@@ -81,6 +89,42 @@ class Body:
         self._size, self.data = 0, b""
 
 
+class Rest:
+    """What is still to come of a body."""
+
+    def __init__(
+        self,
+        content: StreamReader,
+        left_s: float,
+        judge: Callable[[int], None],
+        late: Callable[[], RequestTimeout],
+    ) -> None:
+        """It is `late` when it was waited for `left_s` seconds; `judge` raises at too many bytes."""
+        self._content, self._left_s = content, left_s
+        self._judge, self._late = judge, late
+        self._come = 0  # bytes
+
+    async def part(self) -> bytes:
+        """The next part of it; empty: that was all.
+
+        Raises PayloadTooLarge, RequestTimeout, ValidationFailed, RequestCancelled.
+        """
+        began = time.monotonic()
+        try:
+            async with asyncio.timeout(max(0.0, self._left_s)):
+                part = await self._content.readany()
+        except TimeoutError:
+            raise self._late() from None
+        except web.RequestPayloadError as exc:
+            raise ValidationFailed("The request's body is not valid HTTP.") from exc
+        except ConnectionError as exc:
+            raise RequestCancelled from exc
+        self._left_s -= time.monotonic() - began  # not while it waits for a slot, or its engine
+        self._come += len(part)
+        self._judge(self._come)
+        return part
+
+
 class Intake:
     """Receives bodies; all that are held at once stay below `max_buffered_mib`."""
 
@@ -91,9 +135,16 @@ class Intake:
         self.held = 0  # bytes
 
     async def receive(
-        self, request: web.Request, passage: Passage, own_s: float | None = None
+        self,
+        request: web.Request,
+        passage: Passage,
+        own_s: float | None = None,
+        *,
+        is_known: bool = False,
     ) -> Body:
-        """The whole body. `own_s` is the caller's own limit, seconds from its arrival.
+        """The body, or its first EARLY_BYTES where they say who gets it, or that `is_known`.
+
+        `own_s` is the caller's own limit, seconds from its arrival.
 
         Raises PayloadTooLarge, RequestTimeout (phase body, or request), HttpError 415,
         ServiceUnavailable, or what cancelled the request.
@@ -115,38 +166,51 @@ class Intake:
                 body.grows(len(data))
                 body.data = data
             else:
-                await self._gather(request, passage, own_s, body)
+                await self._gather(request, passage, own_s, body, is_known=is_known)
         except BaseException:
             body.release()
             raise
         return body
 
     async def _gather(
-        self, request: web.Request, passage: Passage, own_s: float | None, body: Body
+        self,
+        request: web.Request,
+        passage: Passage,
+        own_s: float | None,
+        body: Body,
+        *,
+        is_known: bool,
     ) -> None:
-        parts: list[bytes] = []
         own_left_s = math.inf if own_s is None else own_s + passage.began - time.monotonic()
-        limit_s = max(0.0, min(self._body_s, own_left_s))
+        late = partial(self._late, passage, own_s if own_left_s < self._body_s else None)
+        rest = Rest(request.content, min(self._body_s, own_left_s), self.judge_size, late)
+        parts: list[bytes] = []
+        size = 0
+        may_end_early = True
         interrupt = Interrupt()
-        try:
-            with passage.ended_by(interrupt):
-                async with interrupt, asyncio.timeout(limit_s):
-                    async for part in request.content.iter_any():
-                        body.grows(len(part))
-                        parts.append(part)
-        except TimeoutError:
-            raise self._late(passage, own_s if own_left_s < self._body_s else None) from None
-        except web.RequestPayloadError as exc:
-            raise ValidationFailed("The request's body is not valid HTTP.") from exc
-        except ConnectionError as exc:
-            raise RequestCancelled from exc
+        with passage.ended_by(interrupt):
+            async with interrupt:
+                while part := await rest.part():
+                    body.grows(len(part))
+                    parts.append(part)
+                    size += len(part)
+                    if may_end_early and size >= EARLY_BYTES:
+                        may_end_early = False
+                        parts = [b"".join(parts)]
+                        if is_known or _names_model(parts[0], request):
+                            body.rest = rest
+                            break
         body.data = b"".join(parts)
+
+    def judge_size(self, size: int) -> None:
+        """Raises PayloadTooLarge for a body of `size` bytes."""
+        if size > self._most:
+            raise self._too_large()
 
     def has_more(self, size: int, of_one: int) -> None:
         """So much more is held, and so much of one body. Raises PayloadTooLarge, ServiceUnavailable."""
         self.held += size
-        if of_one > self._most:
-            raise self._too_large()
+        self.judge_size(of_one)
         if self.held > self._most_together:
             raise ServiceUnavailable(
                 "Too many request bodies are being received.",
@@ -260,6 +324,17 @@ def _model_in_multipart(body: bytes, content_type: str) -> str:
     raise ValidationFailed(
         "The form does not name a model: the field 'model' is missing.", param="model"
     )
+
+
+def _names_model(early: bytes, request: web.Request) -> bool:
+    """Whether the beginning of a form says which model it is for."""
+    content_type = request.headers.get("Content-Type", "")
+    if not content_type.lower().startswith("multipart/"):
+        return False
+    try:
+        return bool(_model_in_multipart(early, content_type))
+    except ValidationFailed:  # perhaps it comes later
+        return False
 
 
 def _parts(body: bytes, boundary: bytes) -> Iterator[tuple[bytes, bytes]]:

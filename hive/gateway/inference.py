@@ -106,7 +106,7 @@ class Inference:
         quota = self._taken(request["caller"])
         try:
             own_s = wishes.own_limit_s(request.headers, passage.began)
-            body = await self._intake.receive(request, passage, own_s)
+            body = await self._intake.receive(request, passage, own_s, is_known=pinned is not None)
             try:
                 passage.bytes_in = len(body.data)
                 if pinned is None:

@@ -7,6 +7,7 @@ that an error becomes the last event of the stream, or, inside an event, a conne
 without its last chunk.
 """
 
+import asyncio
 import functools
 import time
 from collections.abc import Callable
@@ -16,10 +17,11 @@ from aiohttp import web
 from hive.errors import BadGateway, GatewayTimeout, HiveError, ServiceUnavailable, WorkerCrashed
 from hive.events import RequestExpired
 from hive.gateway.answer import Answer, NoAnswer
-from hive.gateway.bodies import Body
+from hive.gateway.bodies import Body, Rest
 from hive.gateway.traffic import Passage
 from hive.policy.breaker import BreakerState
 from hive.policy.deadlines import Phase
+from hive.policy.framing import chunk
 from hive.workers.admission import Permit
 from hive.workers.life import EngineOver, Life
 from hive.workers.wire import Wire
@@ -67,10 +69,12 @@ class Relay:
         answer = Answer(request, passage, permit, body, observe)
         cancelled: str | None = passage.request_id
         try:
-            await self._exchange(request, body.data, answer)
+            await self._exchange(request, body, answer)
         except Unanswered as exc:
             cancelled = None
             if answer.sent is None:
+                if body.is_spent:
+                    raise exc.error from exc
                 raise
             error = exc.error
         except HiveError as exc:
@@ -86,10 +90,13 @@ class Relay:
         passage.code = error.code
         return await answer.fail(error)
 
-    async def _exchange(self, request: web.Request, body: bytes, answer: Answer) -> None:
+    async def _exchange(self, request: web.Request, body: Body, answer: Answer) -> None:
         """Until the client has the whole answer. Raises Unanswered, or what ends the request."""
         permit, passage = answer.permit, answer.passage
-        head = _head(request, body, passage.request_id)
+        if body.rest is not None:
+            await self._exchange_as_it_comes(request, body, body.rest, answer)
+            return
+        head = _head(request, len(body.data), passage.request_id)
         wire = permit.life.wires.take()
         while True:
             is_reused = wire is not None
@@ -97,10 +104,7 @@ class Relay:
                 wire = await self._connected(permit, passage)
             answer.asks(wire, head)
             try:
-                while await answer.is_suspicious():
-                    if crash := await _crash(permit.life, passage):
-                        raise crash
-                    answer.goes_on()
+                await self._answered(answer)
             except (NoAnswer, EngineOver) as exc:
                 if is_reused and isinstance(exc, NoAnswer) and exc.is_silent:
                     wire = None  # it was closed just as it was used again: that says nothing
@@ -109,6 +113,41 @@ class Relay:
             except WorkerCrashed as exc:
                 raise Unanswered(exc, may_repeat=False) from exc
             return
+
+    async def _answered(self, answer: Answer) -> None:
+        """Until the client has it. Raises NoAnswer, EngineOver, WorkerCrashed, or what ended it."""
+        while await answer.is_suspicious():
+            if crash := await _crash(answer.permit.life, answer.passage):
+                raise crash
+            answer.goes_on()
+
+    async def _exchange_as_it_comes(
+        self, request: web.Request, body: Body, rest: Rest, answer: Answer
+    ) -> None:
+        """As `_exchange`, of a body that is too large to be held: nothing of it is sent twice."""
+        permit, passage = answer.permit, answer.passage
+        # A connection of its own: on one that was used the engine's hanging up would be a failure.
+        wire = await self._connected(permit, passage)
+        length = request.content_length
+        if length is None:
+            body.data = chunk(body.data)
+        answer.asks(wire, _head(request, length, passage.request_id))
+        body.is_spent = True
+        body.release()
+        failure: Exception | None = None
+        async with asyncio.TaskGroup() as tasks:
+            pouring = tasks.create_task(_pour(rest, wire, answer, is_chunked=length is None))
+            try:
+                await self._answered(answer)
+            except Exception as exc:  # noqa: BLE001 (a group would wrap it)
+                failure = exc
+            pouring.cancel()  # an engine may answer before it has everything
+        if isinstance(failure, NoAnswer | EngineOver):
+            raise await _broken(failure, permit, passage) from failure
+        if isinstance(failure, WorkerCrashed):
+            raise Unanswered(failure, may_repeat=False) from failure
+        if failure is not None:
+            raise failure
 
     async def _connected(self, permit: Permit, passage: Passage) -> Wire:
         """A new connection. Raises Unanswered where there is none in time."""
@@ -140,6 +179,20 @@ class Relay:
             unanswered = await _broken(refusal, permit, passage)
             permit.finished()
             raise unanswered from exc
+
+
+async def _pour(rest: Rest, wire: Wire, answer: Answer, *, is_chunked: bool) -> None:
+    """What comes of a body goes to its engine, as fast as both can."""
+    try:
+        while True:
+            part = await rest.part()
+            answer.passage.bytes_in += len(part)
+            is_last = not part
+            goes_on = await wire.send(chunk(part) if is_chunked else part, is_last=is_last)
+            if is_last or not goes_on:
+                return
+    except Exception as exc:  # noqa: BLE001 (its request ends with it, and tells it)
+        answer.end(exc)
 
 
 async def _broken(exc: NoAnswer | EngineOver, permit: Permit, passage: Passage) -> Unanswered:
@@ -194,8 +247,8 @@ async def _crash(life: Life, passage: Passage) -> HiveError | None:
     )
 
 
-def _head(request: web.Request, body: bytes, request_id: str) -> bytes:
-    """The request's head as the engine gets it."""
+def _head(request: web.Request, length: int | None, request_id: str) -> bytes:
+    """The request's head as the engine gets it; a body without a `length` in bytes is chunked."""
     lines = [_first_lines(request.method, _target(request))]
     dropped = _NOT_FORWARDED
     if "Connection" in request.headers:
@@ -209,8 +262,10 @@ def _head(request: web.Request, body: bytes, request_id: str) -> bytes:
         b"%s: %s\r\n" % field for field in request.raw_headers if field[0].lower() not in dropped
     ]
     own = f"X-Request-Id: {request_id}\r\n"
-    if body or request.method == "POST":
-        own += f"Content-Length: {len(body)}\r\n"
+    if length is None:
+        own += "Transfer-Encoding: chunked\r\n"
+    elif length or request.method == "POST":
+        own += f"Content-Length: {length}\r\n"
     lines.append(f"{own}\r\n".encode())
     return b"".join(lines)
 

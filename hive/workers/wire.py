@@ -41,7 +41,8 @@ class Wire(asyncio.Protocol):
         self._taker: Taker | None = None
         self._head = b""  # what has come of it
         self._is_headed = self._answers_head = False
-        self._is_kept = self._is_paused = False
+        self._is_kept = self._is_paused = self._is_asked = False
+        self._room: asyncio.Future[None] | None = None  # while the engine does not read
         self.has_answered = False  # any byte of the current answer came
         self.uses = 0
         self.idle_since = 0.0
@@ -53,13 +54,33 @@ class Wire(asyncio.Protocol):
             self._transport.abort()
         self._wires.opened.add(self)
 
-    def ask(self, head: bytes, body: bytes, taker: Taker, *, is_head: bool) -> None:
-        """Send a request, whole; `taker` gets what is answered."""
+    def ask(
+        self, head: bytes, body: bytes, taker: Taker, *, is_head: bool, is_whole: bool = True
+    ) -> None:
+        """Send a request, or its beginning; `taker` gets what is answered."""
         self._taker = taker
         self._is_headed = self.has_answered = False
-        self._answers_head = is_head
+        self._answers_head, self._is_asked = is_head, is_whole
         self.uses += 1
         self._transport.writelines((head, body))  # one system call, and no copy of the body
+
+    async def send(self, data: bytes, *, is_last: bool) -> bool:
+        """More of the request, when the engine has room for it; False: it wants no more of it."""
+        while self._room is not None:
+            await asyncio.shield(self._room)
+        if self._taker is None or self._transport.is_closing():
+            return False
+        self._is_asked = is_last
+        self._transport.write(data)
+        return True
+
+    def pause_writing(self) -> None:
+        self._room = asyncio.get_running_loop().create_future()
+
+    def resume_writing(self) -> None:
+        if self._room is not None:
+            self._room.set_result(None)
+            self._room = None
 
     def data_received(self, data: bytes) -> None:
         taker = self._taker
@@ -106,6 +127,7 @@ class Wire(asyncio.Protocol):
         if (
             is_clean
             and self._is_kept
+            and self._is_asked
             and not self._head
             and not self._transport.is_closing()
             and not self._transport.get_write_buffer_size()
@@ -134,6 +156,7 @@ class Wire(asyncio.Protocol):
     def connection_lost(self, exc: Exception | None) -> None:
         self._wires.opened.discard(self)
         self._wires.idle.pop(self, None)
+        self.resume_writing()  # whoever waits for room need not wait any more
         taker, self._taker = self._taker, None
         if taker is not None:
             taker.broke(exc)
