@@ -81,15 +81,8 @@ async def refusals(who: Contestant) -> tuple[float, float, int]:
         holder.close()
 
 
-async def once(who: Contestant, model: str) -> dict[str, float]:
+async def once(who: Contestant, model: str, rows: dict[str, float]) -> None:
     """What one look is enough for: memory, and whether a client's leaving is noticed."""
-    rows: dict[str, float] = {}
-    if who.pids:
-        rows["RSS, MB"] = who.rss_mb()
-        held = load.Held()
-        await held.open(who.address, model, OPEN)
-        rows[f"RSS more with {OPEN} open streams, MB"] = who.rss_mb() - rows["RSS, MB"]
-        held.close()
     for what, fields in load.SITUATIONS.items():
         for reset in (False, True):
             seen: list[float] = []
@@ -98,15 +91,21 @@ async def once(who: Contestant, model: str) -> dict[str, float]:
                 seen.append(float("inf") if at is None else at * 1000)
             how = "RST" if reset else "FIN"
             rows[f"leaves {what}, {how}, ms"] = statistics.median(seen)
-    return rows
+    if who.pids:
+        rows["RSS, MB"] = who.rss_mb()
+        held = load.Held()
+        await held.open(who.address, model, OPEN)
+        rows[f"RSS more with {OPEN} open streams, MB"] = who.rss_mb() - rows["RSS, MB"]
+        held.close()
 
 
 async def looked_at_once(who: Contestant) -> dict[str, float]:
+    rows: dict[str, float] = {}
     try:
-        return await once(who, "m")
-    except AssertionError as exc:  # of a gateway that lets an engine work for nobody
+        await once(who, "m", rows)
+    except AssertionError as exc:
         print(f"{who.name}: {exc}")
-        return {}
+    return rows
 
 
 def show(figures: Figures, names: list[str]) -> None:
@@ -119,7 +118,7 @@ def show(figures: Figures, names: list[str]) -> None:
                 cells.append("-")
                 continue
             digits = 0 if statistics.median(values) >= 1000 else 1
-            text = f"{statistics.median(values):.{digits}f}"
+            text = f"{statistics.median(values):.{digits}f}".replace("inf", "never")
             if len(values) > 1:
                 text += f" ({min(values):.{digits}f} to {max(values):.{digits}f})"
             cells.append(text)

@@ -75,7 +75,7 @@ def running(
     """A process on one core, ended with the block."""
     process = subprocess.Popen(
         ["taskset", "-c", str(core), *argv],
-        stdout=subprocess.PIPE,
+        stdout=subprocess.DEVNULL if quiet else subprocess.PIPE,
         stderr=subprocess.DEVNULL if quiet else None,
         env={**os.environ, **(env or {})},
     )
@@ -216,6 +216,7 @@ defaults
   mode http
   option http-no-delay
   option http-keep-alive
+  option abortonclose
   http-reuse always
   timeout connect 5s
   timeout client 600s
@@ -245,6 +246,7 @@ def _router(name: str, *argv: str) -> Iterator[Contestant]:
     with stub() as engine:
         port = free_port()
         url = f"http://127.0.0.1:{engine[1]}"
+        argv = (*argv, "--prometheus-port", str(free_port()))  # both take the same one, else
         filled = [part.format(engine=url, port=port) for part in argv]
         with running(*filled, core=THEIRS) as process:
             _answers(port, "/health")

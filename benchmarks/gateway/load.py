@@ -208,14 +208,14 @@ async def left_at(
     address: Address, engine: Address, model: str, fields: dict[str, Any], *, reset: bool
 ) -> float | None:
     """Seconds from a client's leaving to the engine's seeing it; None: never, in 2 s."""
-    await _runs(engine, 0)
+    running = await running_at(engine)  # of those whose leaving nobody noticed
     before = await ask_json(engine, "/left")
     current = Stream()
     connection = await connected(address, current.hear)
     connection.transport.write(request_of(CHAT, body_of(model, **fields)))
     if fields.get("stream") and fields["max_tokens"]:
         await asyncio.wait_for(current.began.wait(), WAIT_S)
-    await _runs(engine, 1)
+    await _runs(engine, running + 1)
     if reset:
         made: socket.socket = connection.transport.get_extra_info("socket")
         made.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))

@@ -18,7 +18,7 @@ from typing import cast
 import uvloop
 
 _LENGTH = re.compile(rb"\r\ncontent-length: *(\d+)", re.IGNORECASE)
-_TOKENS = re.compile(rb'"max_tokens": ?(\d+)')
+_TOKENS = re.compile(rb'"max_(?:completion_)?tokens": ?(\d+)')  # sglang-router writes the new one
 _RATE = re.compile(rb'"seed": ?(\d+)')
 _STREAM = re.compile(rb'"stream": ?true')
 HEAD = (
