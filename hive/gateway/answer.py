@@ -69,6 +69,7 @@ class Answer:
         self._request, self._transport, self._observe = request, transport, observe
         self._request_body = body
         self._clock, self._pulse, self._line = clock, pulse, line_of(transport)
+        self._deadline = clock.deadline
         self._wire: Wire | None = None
         self._loop = asyncio.get_running_loop()
         self._turn: asyncio.Future[bool] = self._loop.create_future()
@@ -79,7 +80,7 @@ class Answer:
         self._gathered = self._most = 0  # bytes of them
         self._held = b""  # what may be the beginning of a mark
         self._suspect: tuple[bytes, int] | None = None  # bytes, and where in them the mark is
-        self._tail = b""  # the last bytes of its events
+        self._tail = b""  # the last piece of its events; six bytes of it at least
         self._is_stream = False  # of events, an error can be added to it
         self._is_chunked = False  # as the client gets it …
         self._is_recoded = False  # … which is not how it comes
@@ -218,7 +219,7 @@ class Answer:
     def data(self, data: bytes) -> None:
         """Pass it on, or gather it: a small answer is sent in one piece."""
         self._pulse.relayed += len(data)
-        self._clock.byte()
+        self._deadline.last_byte_at = time.monotonic()
         if self._pieces is not None:
             self._gathers(data)
         else:
@@ -248,7 +249,7 @@ class Answer:
     def _passes_on(self, data: bytes, *, is_believed: bool = False) -> None:
         self._held = b""
         if self._is_stream:
-            if not is_believed and (at := self._mark_in(data)) is not None:
+            if b"error" in data and not is_believed and (at := self._mark_in(data)) is not None:
                 self._suspect = data, at
                 self._suspects()
                 return
@@ -256,17 +257,21 @@ class Answer:
                 data, self._held = data[:-count], data[-count:]
                 if not data:
                     return
-        end, out = self._taken(data)
-        if end >= 0:
-            self._releases(is_clean=end == len(data))
+        if self._is_recoded:
+            end, out = self._taken(data)
+        elif (end := self._body.feed(data)) < 0:
+            out = data
+        else:
+            out = data[:end]
+        if end < 0:
+            self._writes(out)
+            return
+        self._releases(is_clean=end == len(data))
         self._writes(out)
-        if end >= 0:
-            self._ends()
+        self._ends()
 
     def _mark_in(self, data: bytes) -> int | None:
         """Where the engine says that it fails, which it may say as it dies."""
-        if b'{"error"' not in data and b"event: error" not in data:
-            return None
         found = _MARK.search(data)
         if found is None or _CALLERS_FAULT in data[found.start() :]:
             return None
@@ -325,8 +330,7 @@ class Answer:
         if out:
             self.passage.bytes_out += len(out)
             if self._is_stream:
-                size = len(out)
-                self._tail = out[-6:] if size > 5 else (self._tail + out)[-6:]  # noqa: PLR2004
+                self._tail = out if len(out) > 5 else self._tail[-6:] + out  # noqa: PLR2004
         if self.sent is None:
             out = self._first(out)
         if out and not self._transport.is_closing():  # else its request is about to be cancelled

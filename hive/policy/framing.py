@@ -170,11 +170,16 @@ class Chunks:
         `into` gets what the chunks hold. `chunk_at` is then where in `data` the chunk begins that
         has not ended; -1: it began before.
         """
+        at, size = 0, len(data)
+        self.chunk_at = -1
         shift = len(self._line)
         if shift:
             data, self._line = self._line + data, b""
-        at, size = 0, len(data)
-        self.chunk_at = -1
+            size += shift
+        elif not self._left and not self._is_last and into is None and data.endswith(b"\r\n"):
+            end = data.find(b"\r\n")
+            if (count := _size_of(data[:end])) and end + count + 4 == size:
+                return -1  # one chunk, whole: an event of most engines
         while at < size:
             if self._left:
                 at = self._skips(data, at, into)
