@@ -82,12 +82,13 @@ def through(hive: Hive, path: str, body: object, extra: str = "", version: str =
 
 
 def chunks(body: bytes) -> Iterator[bytes]:
-    while body:
-        size, _, body = body.partition(b"\r\n")
-        length = int(size, 16)
-        yield body[:length]
-        assert body[length : length + 2] == b"\r\n"
-        body = body[length + 2 :]
+    at = 0
+    while at < len(body):
+        begin = body.index(b"\r\n", at) + 2
+        end = begin + int(body[at : begin - 2], 16)
+        yield body[begin:end]
+        at = end + 2
+        assert body[end:at] == b"\r\n"
 
 
 def same(body: bytes) -> bytes:
