@@ -1,0 +1,112 @@
+"""Sessions: their states, how their KV blocks are named on disk, and how much of a prefix is there.
+
+Pure. A context's KV cache is kept in chunks of tokens; each chunk's hash covers all tokens before
+it, so blocks are of use only as far as they form a prefix without a gap (C27). Names and hashes
+are those of LMCache 0.5.6's file tier (docs/engines.md), where a block is one file.
+"""
+
+import struct
+from collections.abc import Sequence
+from enum import StrEnum
+from typing import NamedTuple
+
+import blake3
+
+MOST_NAME = 255  # bytes of a file's name; LMCache cannot store a block whose name is longer
+_SEPARATOR = "@"
+_SLASH = "-SEP-"
+
+
+class SessionState(StrEnum):
+    """ACTIVE takes requests, THAWED becomes ACTIVE with its next one, FROZEN takes none (C24)."""
+
+    ACTIVE = "ACTIVE"
+    FROZEN = "FROZEN"
+    THAWED = "THAWED"
+    EXPIRED = "EXPIRED"
+    DELETED = "DELETED"
+
+
+NEXT: dict[SessionState, frozenset[SessionState]] = {
+    SessionState.ACTIVE: frozenset(
+        {SessionState.FROZEN, SessionState.EXPIRED, SessionState.DELETED}
+    ),
+    SessionState.FROZEN: frozenset({SessionState.THAWED, SessionState.DELETED}),
+    SessionState.THAWED: frozenset(
+        {SessionState.ACTIVE, SessionState.FROZEN, SessionState.DELETED}
+    ),
+    SessionState.EXPIRED: frozenset({SessionState.DELETED}),
+    SessionState.DELETED: frozenset(),
+}
+
+
+class Shape(NamedTuple):
+    """What, beside its tokens, decides whether an engine can use a block."""
+
+    model: str  # the path that the engine was given
+    workers: int  # tensor-parallel size: each keeps its own part of a chunk
+    chunk_tokens: int
+
+
+class Usable(NamedTuple):
+    """What a thaw can promise of a prefix (C27). Blocks are chunks, whole in every part."""
+
+    blocks_found: int
+    blocks_missing: int
+    usable_tokens: int  # up to the first gap
+    recompute_tokens: int  # of those that were frozen in blocks
+    is_partial: bool
+
+
+def chain(tokens: Sequence[int], chunk_tokens: int) -> list[bytes]:
+    """The hash of every full chunk, 32 bytes each; what is left over has none.
+
+    Raises ValueError for a token that is no unsigned number of 32 bits.
+    """
+    hashes: list[bytes] = []
+    before = _hash(bytes(8), (0,))
+    for begin in range(0, len(tokens) - chunk_tokens + 1, chunk_tokens):
+        before = _hash(before, tokens[begin : begin + chunk_tokens])
+        hashes.append(before)
+    return hashes
+
+
+def _hash(before: bytes, tokens: Sequence[int]) -> bytes:
+    try:
+        numbers = struct.pack(f">{len(tokens)}I", *tokens)
+    except struct.error as exc:
+        raise ValueError("a token is a number from 0 to 4,294,967,295") from exc
+    return blake3.blake3(before + numbers).digest()
+
+
+def block_names(shape: Shape, chunk_hash: bytes, salt: str) -> list[str]:
+    """The files of one chunk, one for each worker of the engine.
+
+    Raises ValueError where LMCache could not keep them: '@' separates the parts of a name, and a
+    name has at most MOST_NAME bytes.
+    """
+    if _SEPARATOR in shape.model or _SEPARATOR in salt:
+        raise ValueError(f"{_SEPARATOR!r} is in the model's path or in the salt")
+    size = shape.workers
+    names = []
+    for worker in range(size):
+        rank = size << 24 | worker << 16 | size << 8 | worker
+        parts = [shape.model.replace("/", _SLASH), f"{rank:#010x}", "0", chunk_hash.hex()]
+        names.append(_SEPARATOR.join([*parts, *([salt] if salt else [])]) + ".data")
+    if len(names[0].encode()) > MOST_NAME:
+        raise ValueError(f"the model's path makes file names of more than {MOST_NAME} bytes")
+    return names
+
+
+def usable(found: Sequence[bool], chunk_tokens: int) -> Usable:
+    """Of the chunks of a window, in order, whether each is there, whole."""
+    whole = list(found)
+    prefix = whole.index(False) if False in whole else len(whole)
+    count = sum(whole)
+    return Usable(
+        blocks_found=count,
+        blocks_missing=len(whole) - count,
+        usable_tokens=prefix * chunk_tokens,
+        recompute_tokens=(len(whole) - prefix) * chunk_tokens,
+        is_partial=prefix < len(whole),
+    )
