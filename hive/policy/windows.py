@@ -27,6 +27,14 @@ class SessionState(StrEnum):
     DELETED = "DELETED"
 
 
+class WindowState(StrEnum):
+    """FREEZING is half made, and DELETING half gone: whoever finds one at a start ends it."""
+
+    FREEZING = "FREEZING"
+    FROZEN = "FROZEN"
+    DELETING = "DELETING"
+
+
 NEXT: dict[SessionState, frozenset[SessionState]] = {
     SessionState.ACTIVE: frozenset(
         {SessionState.FROZEN, SessionState.EXPIRED, SessionState.DELETED}

@@ -1,0 +1,1 @@
+"""Alembic's: how the catalogue's tables came to be what they are."""

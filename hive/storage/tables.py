@@ -1,0 +1,67 @@
+"""The catalogue's tables. What changes here needs a migration; a test compares the two."""
+
+from sqlalchemy import (
+    JSON,
+    BigInteger,
+    Column,
+    Float,
+    ForeignKey,
+    Index,
+    Integer,
+    MetaData,
+    String,
+    Table,
+    UniqueConstraint,
+)
+
+# Names of constraints are part of the schema: migrations refer to them.
+metadata = MetaData(
+    naming_convention={
+        "ix": "ix_%(table_name)s_%(column_0_N_name)s",
+        "uq": "uq_%(table_name)s_%(column_0_N_name)s",
+        "fk": "fk_%(table_name)s_%(column_0_N_name)s",
+        "pk": "pk_%(table_name)s",
+    }
+)
+
+# An owner is the name of an API key; empty where hive has no keys. Times are seconds since 1970.
+windows = Table(
+    "windows",
+    metadata,
+    Column("id", String(32), primary_key=True),
+    Column("owner", String(128), nullable=False),
+    Column("name", String(128), nullable=False),
+    Column("state", String(16), nullable=False),
+    Column("session_id", String(64), nullable=False),
+    Column("model", String(256), nullable=False),
+    Column("salt", String(64), nullable=False),
+    Column("created_at", Float, nullable=False),
+    Column("tokens", Integer, nullable=False),
+    Column("blocks", Integer, nullable=False),
+    Column("bytes", BigInteger, nullable=False),
+    Column("description", String(1024), nullable=False),
+    Column("tags", JSON, nullable=False),
+    Column("identity", JSON, nullable=False),
+    Column("conversation", JSON, nullable=False),
+    Column("receipt", JSON),
+    Column("parent_id", String(32)),
+    UniqueConstraint("owner", "name"),
+    Index(None, "owner", "created_at"),
+    Index(None, "state"),
+)
+
+sessions = Table(
+    "sessions",
+    metadata,
+    Column("id", String(64), primary_key=True),
+    Column("owner", String(128), nullable=False),
+    Column("model", String(256), nullable=False),
+    Column("state", String(16), nullable=False),
+    Column("salt", String(64), nullable=False),
+    Column("created_at", Float, nullable=False),
+    Column("used_at", Float, nullable=False),
+    Column("conversation", JSON),
+    Column("window_id", String(32), ForeignKey("windows.id", ondelete="SET NULL")),
+    Index(None, "owner", "created_at"),
+    Index(None, "state", "used_at"),
+)
