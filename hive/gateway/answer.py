@@ -133,6 +133,10 @@ class Answer:
         if not self._line.is_full and not self._is_ended:
             self._wire.resume()
 
+    def is_taken(self) -> None:
+        """The engine has taken more of the request: its time begins again."""
+        self._clock.got_slot()
+
     def close(self) -> None:
         """Whatever is still under way is over: the engine learns of it by its connection's end."""
         if self._wire is not None and not self._is_ended:

@@ -19,13 +19,16 @@ from hive.errors import (
     ServiceUnavailable,
     ValidationFailed,
 )
+from hive.gateway.line import Leaving
 from hive.gateway.traffic import Passage
 from hive.settings import Server
 from hive.workers.interrupt import Interrupt
 
 MIB = 2**20
-_BOUNDARY = re.compile(r'boundary="?([^";,]{1,200})"?', re.IGNORECASE)
-_FIELD_NAME = re.compile(rb'(?:[;\s])name="([^"]*)"')
+_BOUNDARY = re.compile(r'(?:^|[;\s])boundary="?([^";,]{1,200})"?', re.IGNORECASE)
+_FIELD_NAME = re.compile(
+    rb'(?:^|\n)content-disposition:[^\r\n]*?[;\s]name=(?:"([^"]*)"|([^\s;"]+))', re.IGNORECASE
+)
 _LIST = re.compile(rb"\s*\[\s*(\S)")
 _MODEL_BYTES = 256
 EARLY_BYTES = 256 * 1024  # of a body that need not be held whole
@@ -69,7 +72,7 @@ class Body:
     that was sent on it is spent, and cannot be sent again.
     """
 
-    __slots__ = ("_intake", "_size", "data", "is_spent", "rest")
+    __slots__ = ("_intake", "_size", "data", "is_spent", "leaving", "rest")
 
     def __init__(self, intake: "Intake") -> None:
         self._intake = intake
@@ -77,14 +80,21 @@ class Body:
         self.data = b""
         self.rest: Rest | None = None
         self.is_spent = False
+        self.leaving: Leaving | None = None  # looks for it from the time when it is not read
 
     def grows(self, size: int) -> None:
         """More of it has come. Raises PayloadTooLarge, ServiceUnavailable."""
         self._size += size
         self._intake.has_more(size, self._size)
 
+    def end(self) -> None:
+        """Its request is over."""
+        self.release()
+        if self.leaving is not None:
+            self.leaving.cancel()
+
     def release(self) -> None:
-        """Nobody needs it any more; releasing it again does nothing."""
+        """What is held of it is needed no more; releasing it again does nothing."""
         self._intake.held -= self._size
         self._size, self.data = 0, b""
 
@@ -199,6 +209,8 @@ class Intake:
                         parts = [b"".join(parts)]
                         if is_known or _names_model(parts[0], request):
                             body.rest = rest
+                            assert request.transport is not None
+                            body.leaving = Leaving(request.transport)
                             break
         body.data = b"".join(parts)
 
@@ -312,9 +324,10 @@ def _model_in_multipart(body: bytes, content_type: str) -> str:
     boundary = _BOUNDARY.search(content_type)
     if boundary is None:
         raise ValidationFailed("The multipart body has no boundary in its Content-Type.")
-    for head, content in _parts(body, boundary[1].strip().encode(errors="surrogateescape")):
+    for head, begin, end in _parts(body, boundary[1].strip().encode(errors="surrogateescape")):
         name = _FIELD_NAME.search(head)
-        if name and name[1] == b"model":
+        if name and b"model" in name.groups():
+            content = body[begin : min(end, begin + _MODEL_BYTES + 1)]
             if not content or len(content) > _MODEL_BYTES:
                 raise ValidationFailed("'model' must be a name.", param="model")
             try:
@@ -337,17 +350,17 @@ def _names_model(early: bytes, request: web.Request) -> bool:
         return False
 
 
-def _parts(body: bytes, boundary: bytes) -> Iterator[tuple[bytes, bytes]]:
-    """Head and content of each part; found by searching, so that a large file costs nothing."""
-    delimiter = b"--" + boundary
-    at = body.find(delimiter)
-    while at >= 0:
-        begin = at + len(delimiter)
+def _parts(body: bytes, boundary: bytes) -> Iterator[tuple[bytes, int, int]]:
+    """Each whole part: its head, and where its content is; a large file is searched once."""
+    line = b"--" + re.escape(boundary) + rb"(?=--|[ \t]*\r\n)"
+    first = re.match(line, body)
+    begin = first.end() if first else -1
+    for found in re.compile(b"\r\n" + line).finditer(body, max(0, begin)):
+        if begin >= 0:
+            head_end = body.find(b"\r\n\r\n", begin, found.start())
+            if head_end < 0:
+                return
+            yield body[begin:head_end], head_end + 4, found.start()
+        begin = found.end()
         if body[begin : begin + 2] == b"--":
             return
-        at = body.find(b"\r\n" + delimiter, begin)
-        head_end = body.find(b"\r\n\r\n", begin)
-        if at < 0 or head_end < 0 or head_end > at:
-            return
-        yield body[begin:head_end], body[head_end + 4 : at]
-        at += 2

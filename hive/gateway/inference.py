@@ -127,7 +127,7 @@ class Inference:
                     retries = Retries(self._announcer, passage, door, ticket, clock)
                 return await retries.after(failure, attempt)
             finally:
-                body.release()
+                body.end()
         finally:
             quota.give_back()
 
@@ -183,6 +183,11 @@ class Inference:
         def expired(due: Due) -> Exception | None:
             if due.phase is Phase.STALL and passage.has_read and passage.has_read():
                 return None  # slowly, but it reads
+            if passage.is_uploading and due.phase in (Phase.FIRST_TOKEN, Phase.INFERENCE):
+                if time.monotonic() < deadline.answer_by:
+                    clock.got_slot()  # the engine waits for the client
+                    return None
+                due = deadline.request
             error = self._error_of(due, deadline, passage, door)
             self._announcer.announce(RequestExpired(passage.request_id, door.model, due.phase))
             return error

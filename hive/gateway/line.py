@@ -2,11 +2,14 @@
 
 import asyncio
 import functools
+import select
 from typing import Protocol, cast
 
 from aiohttp import web
 from aiohttp.abc import AbstractStreamWriter
 from aiohttp.web_request import BaseRequest
+
+LOOK_S = 0.1  # between two looks whether a client that hive does not read from is still there
 
 
 class Writer(Protocol):
@@ -60,6 +63,37 @@ class Line(asyncio.Protocol):
 def line_of(transport: asyncio.Transport) -> Line:
     """The line that a request came on; hive/gateway/listener.py makes all of them."""
     return cast(Line, transport.get_protocol())
+
+
+class Leaving:
+    """Ends the connection of a client that has left while hive does not read from it.
+
+    Where nothing is read no end is seen either; the kernel is asked, from time to time. It knows
+    of a reset, and of an end that is not behind more bytes than it takes.
+    """
+
+    def __init__(self, transport: asyncio.Transport) -> None:
+        self._transport = transport
+        self._kernel = select.poll()
+        self._kernel.register(transport.get_extra_info("socket").fileno(), select.POLLRDHUP)
+        self._timer: asyncio.TimerHandle | None = None
+        self._look()
+
+    def _look(self) -> None:
+        if self._transport.is_closing():
+            return
+        if self._kernel.poll(0):
+            self._transport.abort()
+            return
+        self._timer = asyncio.get_running_loop().call_later(LOOK_S, self._look)
+
+    def cancel(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+
+    def __repr__(self) -> str:
+        return f"<Leaving {'looked for' if self._timer else 'not looked for'}>"
 
 
 class Sent(web.StreamResponse):

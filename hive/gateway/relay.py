@@ -16,6 +16,7 @@ from aiohttp import web
 
 from hive.errors import BadGateway, GatewayTimeout, HiveError, ServiceUnavailable, WorkerCrashed
 from hive.events import RequestExpired
+from hive.gateway import upload
 from hive.gateway.answer import Answer, NoAnswer
 from hive.gateway.bodies import Body, Rest
 from hive.gateway.traffic import Passage
@@ -65,11 +66,16 @@ class Relay:
         nothing was sent; returns what has been sent, else. Cancelling, or a limit that passes,
         closes the engine's connection at once.
         """
-        permit.began(weight)
+        if body.rest is None:
+            permit.began(weight)
         answer = Answer(request, passage, permit, body, observe)
         cancelled: str | None = passage.request_id
         try:
-            await self._exchange(request, body, answer)
+            if body.rest is None:
+                await self._exchange(request, body, answer)
+            else:
+                all_sent = functools.partial(permit.began, weight)
+                await self._exchange_as_it_comes(request, body, body.rest, answer, all_sent)
         except Unanswered as exc:
             cancelled = None
             if answer.sent is None:
@@ -93,9 +99,6 @@ class Relay:
     async def _exchange(self, request: web.Request, body: Body, answer: Answer) -> None:
         """Until the client has the whole answer. Raises Unanswered, or what ends the request."""
         permit, passage = answer.permit, answer.passage
-        if body.rest is not None:
-            await self._exchange_as_it_comes(request, body, body.rest, answer)
-            return
         head = _head(request, len(body.data), passage.request_id)
         wire = permit.life.wires.take()
         while True:
@@ -122,7 +125,12 @@ class Relay:
             answer.goes_on()
 
     async def _exchange_as_it_comes(
-        self, request: web.Request, body: Body, rest: Rest, answer: Answer
+        self,
+        request: web.Request,
+        body: Body,
+        rest: Rest,
+        answer: Answer,
+        all_sent: Callable[[], None],
     ) -> None:
         """As `_exchange`, of a body that is too large to be held: nothing of it is sent twice."""
         permit, passage = answer.permit, answer.passage
@@ -136,7 +144,9 @@ class Relay:
         body.release()
         failure: Exception | None = None
         async with asyncio.TaskGroup() as tasks:
-            pouring = tasks.create_task(_pour(rest, wire, answer, is_chunked=length is None))
+            pouring = tasks.create_task(
+                upload.pour(rest, wire, answer, all_sent, is_chunked=length is None)
+            )
             try:
                 await self._answered(answer)
             except Exception as exc:  # noqa: BLE001 (a group would wrap it)
@@ -179,20 +189,6 @@ class Relay:
             unanswered = await _broken(refusal, permit, passage)
             permit.finished()
             raise unanswered from exc
-
-
-async def _pour(rest: Rest, wire: Wire, answer: Answer, *, is_chunked: bool) -> None:
-    """What comes of a body goes to its engine, as fast as both can."""
-    try:
-        while True:
-            part = await rest.part()
-            answer.passage.bytes_in += len(part)
-            is_last = not part
-            goes_on = await wire.send(chunk(part) if is_chunked else part, is_last=is_last)
-            if is_last or not goes_on:
-                return
-    except Exception as exc:  # noqa: BLE001 (its request ends with it, and tells it)
-        answer.end(exc)
 
 
 async def _broken(exc: NoAnswer | EngineOver, permit: Permit, passage: Passage) -> Unanswered:

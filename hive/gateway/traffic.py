@@ -45,6 +45,7 @@ class Passage:
     user: User | None = None  # what it waits for before it has a clock, or without one
     # While the client reads nothing: whether it has read since this was asked last.
     has_read: Callable[[], bool] | None = None
+    is_uploading: bool = False  # hive waits for more of its body, with an engine at hand
     blamed: set[str] = field(default_factory=set)  # workers that failed it
     _traffic: "Traffic | None" = None  # that it is in, until it ends
 

@@ -142,7 +142,7 @@ _remembered = functools.lru_cache(512)(_read_head)
 @functools.lru_cache(4096)
 def _size_of(line: bytes) -> int:
     found = _SIZE.match(line)
-    if found is None:
+    if found is None or len(line) > MOST_LINE:
         raise Malformed("a chunk's size is no hexadecimal number")
     return int(found[1], 16)
 

@@ -36,7 +36,9 @@ class Permit:
         self._is_closed = self._is_judged = self._is_aborting = False
 
     def began(self, weight: int) -> None:
-        """The request is on its way to the engine."""
+        """The request is on its way to the engine, whole."""
+        if self._is_closed or self._is_aborting:  # it was answered before
+            return
         self._weight = weight
         if self.life.pulse is not None:
             self.life.pulse.began(weight)

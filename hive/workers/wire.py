@@ -6,6 +6,8 @@ framing said, with nothing behind it; whatever else happens on it, it is closed.
 """
 
 import asyncio
+import os
+import socket
 import time
 from pathlib import Path
 from typing import Protocol, cast
@@ -16,6 +18,7 @@ from hive.policy.framing import MOST_HEAD, Head, Malformed, read_head
 # be lost on one. A new one costs less than a tenth of a millisecond.
 IDLE_S = 0.2
 AGAIN_S = 0.005  # between two attempts to get into an engine's backlog
+READ_BYTES = 64 * 1024
 _SWITCHING = 101  # protocols, which nobody asked for
 _OK = 200
 
@@ -43,6 +46,8 @@ class Wire(asyncio.Protocol):
         self._is_headed = self._answers_head = False
         self._is_kept = self._is_paused = self._is_asked = False
         self._room: asyncio.Future[None] | None = None  # while the engine does not read
+        self._spare: socket.socket | None = None  # the same one, for what came before it broke
+        self.is_unwanted = False  # whoever connected waits no more
         self.has_answered = False  # any byte of the current answer came
         self.uses = 0
         self.idle_since = 0.0
@@ -50,9 +55,10 @@ class Wire(asyncio.Protocol):
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._transport = cast(asyncio.Transport, transport)
-        if self._wires.is_closed:  # meanwhile
+        if self._wires.is_closed or self.is_unwanted:  # meanwhile
             self._transport.abort()
-        self._wires.opened.add(self)
+        else:
+            self._wires.opened.add(self)
 
     def ask(
         self, head: bytes, body: bytes, taker: Taker, *, is_head: bool, is_whole: bool = True
@@ -62,6 +68,9 @@ class Wire(asyncio.Protocol):
         self._is_headed = self.has_answered = False
         self._answers_head, self._is_asked = is_head, is_whole
         self.uses += 1
+        if not is_whole:
+            made = self._transport.get_extra_info("socket")
+            self._spare = socket.socket(fileno=os.dup(made.fileno()))
         self._transport.writelines((head, body))  # one system call, and no copy of the body
 
     async def send(self, data: bytes, *, is_last: bool) -> bool:
@@ -133,6 +142,7 @@ class Wire(asyncio.Protocol):
             and not self._transport.get_write_buffer_size()
         ):
             self.resume()
+            self._drop_spare()
             self._wires.put(self)
         else:
             self.abort()
@@ -151,15 +161,39 @@ class Wire(asyncio.Protocol):
     def abort(self) -> None:
         """Close it at once; the taker hears nothing more. That is how an engine learns of an abort."""
         self._taker = None
+        self._drop_spare()
         self._transport.abort()
 
     def connection_lost(self, exc: Exception | None) -> None:
+        if exc is not None and self._spare is not None and self._taker is not None:
+            exc = self._rest_of_answer(self._spare, exc)
+        self._drop_spare()
         self._wires.opened.discard(self)
         self._wires.idle.pop(self, None)
         self.resume_writing()  # whoever waits for room need not wait any more
         taker, self._taker = self._taker, None
         if taker is not None:
             taker.broke(exc)
+
+    def _rest_of_answer(self, spare: socket.socket, why: Exception) -> Exception | None:
+        """What an engine said that wants no more of the request, and hung up; a write failed of it.
+
+        None where it said all that it wanted to say, else `why` it broke.
+        """
+        try:
+            while self._taker is not None:
+                data = spare.recv(READ_BYTES)
+                if not data:
+                    return None
+                self.data_received(data)
+        except OSError:  # that was all
+            pass
+        return why
+
+    def _drop_spare(self) -> None:
+        if self._spare is not None:
+            self._spare.close()
+            self._spare = None
 
     @property
     def is_closing(self) -> bool:
@@ -208,10 +242,15 @@ class Wires:
         loop = asyncio.get_running_loop()
         async with asyncio.timeout(seconds):
             while True:
+                wire = Wire(self)
                 try:
-                    _, wire = await loop.create_unix_connection(lambda: Wire(self), self._socket)
+                    await loop.create_unix_connection(lambda: wire, self._socket)  # noqa: B023
                 except BlockingIOError:  # its backlog is full: it is busy, not gone
                     await asyncio.sleep(AGAIN_S)
+                except BaseException:
+                    wire.is_unwanted = True
+                    self.opened.discard(wire)  # uvloop does not tell a wire of its end then
+                    raise
                 else:
                     return wire
 

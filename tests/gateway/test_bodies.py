@@ -371,10 +371,32 @@ def test_the_model_of_a_form_is_found_beside_any_file(content: bytes) -> None:
     assert asked(form(named, file), BOUNDARY).model == "whisper"
 
 
+NAMED = form(('name="model"', b"whisper"))
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        form(("name=model", b"whisper")),
+        b"a preamble with --frontier in it\r\n" + NAMED,
+        form(('name="file"; filename="a"', b"x\r\n--frontiers\r\n")).removesuffix(
+            b"--frontier--\r\n"
+        )
+        + NAMED,
+        form(('name="file"\r\nX-Y: z; name="model"', b"another")).removesuffix(b"--frontier--\r\n")
+        + NAMED,
+        NAMED.replace(b"--frontier\r\n", b"--frontier \t\r\n"),
+    ],
+)
+def test_a_form_is_read_as_its_engine_will_read_it(body: bytes) -> None:
+    assert asked(body, BOUNDARY).model == "whisper"
+
+
 @pytest.mark.parametrize(
     "content_type",
     [
         'multipart/form-data; boundary="frontier"',
+        "multipart/form-data; xboundary=other; boundary=frontier",
         "Multipart/Form-Data; charset=x; BOUNDARY=frontier",
     ],
 )

@@ -1,13 +1,19 @@
 """Large bodies: what names its model early goes to the engine as it comes, and is held nowhere."""
 
 import asyncio
+import contextlib
 import hashlib
 import io
 import random
+import re
+import socket
+import struct
+import time
 from collections.abc import AsyncIterator
 from typing import Any
 
 import pytest
+import uvloop
 from aiohttp import web
 
 from hive.errors import WorkerCrashed
@@ -18,8 +24,10 @@ from tests.gateway.test_answer import answering, client, dies
 from tests.patience import awaited, until
 
 SEED = 20261121
+uvloop.new_event_loop().close()  # libuv keeps a pipe of its own from the first one on
 FORM = {"Content-Type": "multipart/form-data; boundary=frontier"}
 PATH = "/v1/audio/transcriptions"
+TIMES = 60
 LARGE = 8 * MIB
 SMALL_HOLD = {"max_buffered_mib": 1.0}  # of all bodies together: less than one of them
 
@@ -136,9 +144,12 @@ async def test_one_that_grows_too_large_on_its_way_is_refused() -> None:
         status, told = await send(it, cut(form(recording())))
 
         assert (status, told["error"]["code"]) == (413, "PAYLOAD_TOO_LARGE")
-        await until(lambda: it.pulse.aborted_weight, "the abort")
-        it.pulse.confirm()
-        assert it.door.in_flight == 0
+        assert free_at_once(it)
+
+
+def free_at_once(it: Serving) -> bool:
+    """The engine never had the whole request, so there is nothing that it must end first."""
+    return it.door.in_flight == it.pulse.aborted_weight == it.gateway._inference._intake.held == 0
 
 
 def beginning(length: int = LARGE) -> bytes:
@@ -168,12 +179,11 @@ async def test_one_that_stops_coming_is_ended_at_the_engine_too() -> None:
 
         assert b" 504 " in head
         assert it.heard(RequestEnded)[0].code == "REQUEST_TIMEOUT"
-        it.pulse.confirm()
-        assert it.door.in_flight == 0
+        assert free_at_once(it)
 
 
 @awaited
-async def test_a_client_that_leaves_in_the_middle_is_a_cancellation() -> None:
+async def test_a_client_that_leaves_in_the_middle_leaves_nothing() -> None:
     asked, left = asyncio.Event(), asyncio.Event()
 
     async def engine(request: web.Request) -> web.Response:
@@ -190,11 +200,11 @@ async def test_a_client_that_leaves_in_the_middle_is_a_cancellation() -> None:
             writer.write(beginning())
             await asked.wait()
         await left.wait()
-        await until(lambda: it.pulse.aborted_weight, "the abort")
-        it.pulse.confirm()
+        await until(lambda: it.heard(RequestEnded), "its end")
 
-        assert it.heard(RequestAborted)[0].confirmed == "yes"
-        assert it.door.in_flight == it.gateway._inference._intake.held == 0
+        assert it.heard(RequestEnded)[0].status == 499
+        assert it.heard(RequestAborted) == []
+        assert free_at_once(it)
 
 
 @awaited
@@ -236,7 +246,7 @@ async def test_a_body_that_was_sent_in_part_is_not_sent_again() -> None:
         assert len(engine.asked) <= 1
         assert engine.connections == 1
         assert it.heard(RequestRetried) == []
-        it.pulse.confirm()
+        it.pulse.confirm()  # it had all of it
         assert it.door.in_flight == 0
 
 
@@ -296,3 +306,179 @@ async def test_an_engine_that_does_not_read_slows_its_client_down() -> None:
 
         assert b" 200 " in head
         assert hashlib.sha256(body).hexdigest().encode() in told
+
+
+# ── whose slowness it is ────────────────────────────────────────────────────────────────────────
+
+
+@awaited
+async def test_until_the_engine_has_it_all_it_is_no_work_of_the_engine() -> None:
+    """Else a slow client would make the engine look hung, and other aborts look confirmed."""
+    came, goes_on = asyncio.Event(), asyncio.Event()
+
+    async def engine(request: web.Request) -> web.Response:
+        await request.content.readany()
+        came.set()
+        await request.read()
+        await goes_on.wait()
+        return web.json_response({})
+
+    body = form(recording(2 * EARLY_BYTES))
+    async with serving(engine) as it, client(it) as (reader, writer):
+        writer.write(whole_head(len(body)) + body[:-10])
+        await came.wait()
+        assert (it.door.in_flight, it.pulse.open_weight) == (1, 0)
+        writer.write(body[-10:])
+        await until(lambda: it.pulse.open_weight, "the engine's work")
+        goes_on.set()
+
+        assert b" 200 " in await reader.readuntil(b"\r\n\r\n")
+        assert it.pulse.open_weight == it.door.in_flight == 0
+
+
+def whole_head(length: int) -> bytes:
+    return (
+        f"POST {PATH} HTTP/1.1\r\nHost: h\r\nContent-Length: {length}\r\n"
+        f"Content-Type: {FORM['Content-Type']}\r\n\r\n"
+    ).encode()
+
+
+LIMITS = {"request_s": 5.0, "inference_s": 0.4, "cleanup_s": 0.5, "queue_s": 0.5, "stall_s": 0.4}
+
+
+@awaited
+async def test_the_engines_time_begins_when_it_has_everything() -> None:
+    engine = Listener()
+    body = form(recording(2 * EARLY_BYTES))
+    async with serving(engine.hears, timeouts=LIMITS) as it, client(it) as (reader, writer):
+        engine.it = it
+        began = time.monotonic()
+        writer.write(whole_head(len(body)) + body[:-10])
+        await until(lambda: time.monotonic() > began + 2 * LIMITS["inference_s"], "its pause's end")
+        writer.write(body[-10:])
+
+        assert b" 200 " in await reader.readuntil(b"\r\n\r\n")
+
+
+@awaited
+async def test_an_upload_has_the_requests_limit_too() -> None:
+    """(R047)"""
+    limits = LIMITS | {"request_s": 1.5}
+    engine = Listener()
+    async with serving(engine.hears, timeouts=limits) as it, client(it) as (reader, writer):
+        engine.it = it
+        writer.write(beginning())
+        head = await reader.readuntil(b"\r\n\r\n")
+
+        assert b" 504 " in head
+        assert it.heard(RequestEnded)[0].code == "REQUEST_TIMEOUT"
+        assert free_at_once(it)
+
+
+@awaited
+async def test_an_engine_that_takes_nothing_has_its_limit() -> None:
+    stuck = asyncio.Event()
+
+    async def engine(_request: web.Request) -> web.Response:
+        await stuck.wait()
+        return web.Response()
+
+    body = form(recording(2 * LARGE))
+    async with serving(engine, timeouts=LIMITS) as it, client(it) as (reader, writer):
+        writer.write(whole_head(len(body)) + body)
+        head = await reader.readuntil(b"\r\n\r\n")
+
+        assert b" 504 " in head
+        assert it.heard(RequestEnded)[0].code == "INFERENCE_TIMEOUT"
+        assert free_at_once(it)
+        stuck.set()
+
+
+@pytest.mark.parametrize("how", ["queued", "sent on"])
+@pytest.mark.parametrize("is_reset", [True, False])
+@awaited
+async def test_a_client_that_leaves_while_nothing_is_read_from_it_is_noticed(
+    how: str, is_reset: bool
+) -> None:
+    stuck = asyncio.Event()
+
+    async def engine(_request: web.Request) -> web.Response:
+        await stuck.wait()
+        return web.Response()
+
+    body = form(recording(2 * LARGE))
+    model = {"max_concurrent": 1, "queue_depth": 1}
+    async with serving(engine, model) as it, asyncio.TaskGroup() as tasks:
+        holder = tasks.create_task(it.chat()) if how == "queued" else None
+        if holder:
+            await until(lambda: it.door.in_flight, "its slot")
+        async with client(it) as (_, writer):
+            # Behind more than the kernel takes, an end without a reset would wait as well.
+            writer.write(whole_head(len(body)) + body if is_reset else beginning())
+            await until(lambda: it.door.waiting if holder else it.door.in_flight, "its turn")
+            if is_reset:
+                made = writer.get_extra_info("socket")
+                made.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+            writer.transport.abort()
+            began = time.monotonic()
+            await until(lambda: it.heard(RequestEnded), "its end")
+
+        assert time.monotonic() < began + 2
+        assert it.heard(RequestEnded)[0].status == 499
+        assert it.gateway._inference._intake.held < 100  # what holds the slot
+        assert (it.door.waiting, it.door.in_flight) == (0, 1 if holder else 0)
+        stuck.set()
+
+
+@pytest.mark.parametrize("has_read", [1, 200_000, 400_000, 700_000])
+def test_what_an_engine_said_before_it_hung_up_is_heard(has_read: int) -> None:
+    """A write that fails must not hide the answer that is there to be read (uvicorn closes)."""
+    uvloop.run(answers_early(has_read))
+
+
+async def answer_to_pieces(it: Serving, body: bytes) -> bytes:
+    """Of a client that goes on sending while it waits."""
+    async with client(it) as (reader, writer), asyncio.TaskGroup() as tasks:
+
+        async def goes_on() -> None:
+            writer.write(whole_head(len(body)))
+            with contextlib.suppress(ConnectionError):
+                for at in range(0, len(body), 8192):
+                    writer.write(body[at : at + 8192])
+                    await writer.drain()
+                    await asyncio.sleep(0)
+
+        sending = tasks.create_task(goes_on())
+        head = await reader.readuntil(b"\r\n\r\n")
+        length = re.search(rb"Content-Length: (\d+)", head)
+        assert length
+        content = await reader.readexactly(int(length[1]))
+        sending.cancel()
+    return head + content
+
+
+async def answers_early(has_read: int) -> None:
+    told = b'{"error": {"message": "no such path"}}'
+    answer = b"HTTP/1.1 404 Not Found\r\nConnection: close\r\nContent-Length: %d\r\n\r\n%s"
+
+    def engine(listener: socket.socket) -> None:
+        for _ in range(TIMES):
+            connection, _ = listener.accept()
+            with connection, contextlib.suppress(ConnectionError):
+                got = 0
+                while got < has_read:
+                    got += len(connection.recv(65536))
+                connection.sendall(answer % (len(told), told))
+
+    body = form(recording(MIB))
+    async with serving(None) as it:
+        with socket.socket(socket.AF_UNIX) as listener:
+            listener.bind(str(it.place.socket))
+            listener.listen(8)
+            listener.settimeout(10)
+            async with asyncio.TaskGroup() as tasks:
+                tasks.create_task(asyncio.to_thread(engine, listener))
+                for _ in range(TIMES):
+                    assert told in await answer_to_pieces(it, body)
+        assert it.breaker == "closed"
+        assert it.door.breakers["m-0"].count == 0
