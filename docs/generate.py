@@ -280,7 +280,7 @@ scope is what that key must have; "any" means any key.
 HTTP_REST = """
 `/v1/load_lora_adapter` and `/v1/unload_lora_adapter` need the scope admin. What is passed through is
 not changed on its way, neither the request nor the answer; read are `model`, from JSON or from a form, and
-`stream`, `n`, `prompt`, `input` and `documents`, to know what the engine will count. A path that does not exist is 404 NOT_FOUND, a wrong method 405 HTTP_ERROR.
+`stream`, `n`, `prompt`, `input`, `documents`, `text_1` and `text_2`, to know what the engine will count. A path that does not exist is 404 NOT_FOUND, a wrong method 405 HTTP_ERROR.
 
 ## Headers
 
@@ -290,7 +290,7 @@ not changed on its way, neither the request nor the answer; read are `model`, fr
 | `X-Request-Id` | answer | the request's id, on every answer; logs and engine have the same |
 | `X-Hive-Timeout`, `X-Request-Deadline` | inference | seconds, or a time in ISO 8601 with its offset: the answer must have begun by then. They may shorten hive's own limit and never extend it |
 | `X-Hive-Priority` | inference | `interactive`, `normal` or `batch`: the order in the waiting room; not above the key's own |
-| `X-Hive-Session` | inference | 1 to 64 of letters, digits, `-` and `_`; the requests of a session go to the same replica while that has a slot |
+| `X-Hive-Session` | inference | 1 to 64 of letters, digits, `-` and `_`, the first one a letter or digit; the requests of a session go to the same replica while that has a slot |
 | `Last-Event-ID` | request | of `/hive/v1/events`: go on after this event |
 | `Retry-After` | refusal | whole seconds from 1 to 30 until it is worth trying again; absent when waiting is no help |
 | `retry-after-ms` | refusal | the same, unrounded, in milliseconds |
@@ -347,16 +347,22 @@ A worker serves `max_concurrent` requests at once; `queue_depth` more may wait f
 model, in the order of arrival within their priority. Everybody else is refused at once, and nothing of a
 refused request reaches an engine. A slot is free again when the answer has ended. Where it was cut off (the
 client left, a limit passed, DELETE) it is free when the engine has stopped working on it, by its own count of
-requests; `hive_cancellations_total` says `confirmed="unknown"` for engines that publish none.
+requests; `hive_cancellations_total` says `confirmed="unknown"` for engines that publish none. Where the engine
+never had the whole body there is nothing to wait for.
+
+A form (or the body of a stored response) of more than 256 KiB whose beginning names its model gets its slot
+before it is there: the rest goes to the engine as it comes, and is not sent again to another one. At most half
+of a model's slots are given so, and none while a breaker is open; whatever else comes is received whole first.
 
 | phase | limit | from | answer |
 |---|---|---|---|
 | queue | `queue_s` | arrival | 503 SERVICE_UNAVAILABLE, `queue_timeout` |
 | connect | `connect_s` | slot given | 504 GATEWAY_TIMEOUT |
-| first_token (streams), inference (others) | `inference_s` | slot given | 504 INFERENCE_TIMEOUT |
+| body | `body_s` | arrival; of a large form, the time that hive waits for it | 504 REQUEST_TIMEOUT |
+| first_token (streams), inference (others) | `inference_s` | slot given, and the engine has the body | 504 INFERENCE_TIMEOUT |
 | stall | `stall_s` | last byte | INFERENCE_TIMEOUT, as the stream's last event |
 | total (streams) | `stream_total_s` | slot given | INFERENCE_TIMEOUT, as the stream's last event |
-| request | the client's own, shorter limit | arrival | 504 REQUEST_TIMEOUT |
+| request | the client's own, shorter limit; `request_s` while a large form comes | arrival | 504 REQUEST_TIMEOUT |
 
 `phase` in the error's details says which one passed. Inference ends at the latest `cleanup_s` before
 `request_s` is over, so that there is time to clean up. The answer goes out when the limit passes; the engine

@@ -1,7 +1,7 @@
 """`make bench-gateway`: what hive's relay costs, beside proxies and gateways, in one run.
 
-CPU time is of the contestant's process tree, from /proc, in microseconds. The contestant is alone on
-core 0; clients and stub engine share core 1. Rounds are interleaved: each goes through all
+CPU time is of the contestant's process tree, from /proc, in microseconds. The contestant is pinned
+to core 0; clients and stub engine share core 1. Rounds are interleaved: each goes through all
 contestants. Printed are the median of the rounds and, behind it, the least and the most.
 """
 

@@ -32,8 +32,6 @@ _FIELD_NAME = re.compile(
 _LIST = re.compile(rb"\s*\[\s*(\S)")
 _MODEL_BYTES = 256
 EARLY_BYTES = 256 * 1024  # of a body that need not be held whole
-
-
 _MOST_WEIGHT = 100_000
 _UNCOUNTED = frozenset({"tokenize", "detokenize"})  # the engine runs nothing for them
 _OF_INPUTS = frozenset({"embeddings", "pooling", "classify"})
@@ -68,8 +66,8 @@ class Asked(NamedTuple):
 class Body:
     """A request's body; what is held of it counts against `max_buffered_mib` until it is released.
 
-    `data` is all of it, or its beginning: then `rest` is what has not come yet, and once some of
-    that was sent on it is spent, and cannot be sent again.
+    `data` is all of it, or its beginning: then `rest` is what has not come yet, and once
+    the beginning was sent it is spent, and cannot be sent again.
     """
 
     __slots__ = ("_intake", "_size", "data", "is_spent", "leaving", "rest")
@@ -152,7 +150,8 @@ class Intake:
         *,
         is_known: bool = False,
     ) -> Body:
-        """The body, or its first EARLY_BYTES where they say who gets it, or that `is_known`.
+        """The body; of a large one its beginning, EARLY_BYTES or a little more, where that says
+        who gets it, or where `is_known` says that this is known.
 
         `own_s` is the caller's own limit, seconds from its arrival.
 
@@ -194,9 +193,31 @@ class Intake:
         own_left_s = math.inf if own_s is None else own_s + passage.began - time.monotonic()
         late = partial(self._late, passage, own_s if own_left_s < self._body_s else None)
         rest = Rest(request.content, min(self._body_s, own_left_s), self.judge_size, late)
-        parts: list[bytes] = []
+
+        def is_enough(early: bytes) -> bool:
+            return is_known or _names_model(early, request)
+
+        if await self._take(rest, body, passage, is_enough):
+            body.rest = rest
+            assert request.transport is not None
+            body.leaving = Leaving(request.transport)
+
+    async def hold(self, body: Body, passage: Passage) -> None:
+        """Receive the rest of a body after all. Raises like `receive`."""
+        if body.rest is not None:
+            await self._take(body.rest, body, passage, None)
+            body.rest = None
+
+    async def _take(
+        self,
+        rest: Rest,
+        body: Body,
+        passage: Passage,
+        is_enough: Callable[[bytes], bool] | None,
+    ) -> bool:
+        """Until that was all, or its first EARLY_BYTES are enough; whether they are."""
+        parts = [body.data]
         size = 0
-        may_end_early = True
         interrupt = Interrupt()
         with passage.ended_by(interrupt):
             async with interrupt:
@@ -204,15 +225,13 @@ class Intake:
                     body.grows(len(part))
                     parts.append(part)
                     size += len(part)
-                    if may_end_early and size >= EARLY_BYTES:
-                        may_end_early = False
-                        parts = [b"".join(parts)]
-                        if is_known or _names_model(parts[0], request):
-                            body.rest = rest
-                            assert request.transport is not None
-                            body.leaving = Leaving(request.transport)
-                            break
+                    if is_enough is not None and size >= EARLY_BYTES:
+                        body.data = b"".join(parts)
+                        if is_enough(body.data):
+                            return True
+                        parts, is_enough = [body.data], None
         body.data = b"".join(parts)
+        return False
 
     def judge_size(self, size: int) -> None:
         """Raises PayloadTooLarge for a body of `size` bytes."""

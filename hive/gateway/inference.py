@@ -1,5 +1,6 @@
 """Inference: the model that a request names, a slot of a worker of it, and the relay."""
 
+import contextlib
 import functools
 import logging
 import re
@@ -94,9 +95,9 @@ class Inference:
         return await self.infer(request, worker_id)
 
     async def infer(self, request: web.Request, pinned: str | None = None) -> web.StreamResponse:
-        """To a worker of the model that the body names, or to `pinned`, when it has a slot.
+        """To a worker of the model that the body names, when one has a slot.
 
-        Where nothing was answered yet it is perhaps sent again (C1-C4).
+        Or to `pinned`. Where nothing was answered yet it is perhaps sent again (C1-C4).
         """
         raw_path = request.raw_path
         if "%" in raw_path and "%" in raw_path.partition("?")[0]:
@@ -115,17 +116,21 @@ class Inference:
                     asked = Asked(self._fleet.worker(pinned).model, weight=0)
                 door = self._fleet.door(asked.model)
                 passage.model = asked.model  # only configured names become a label
+                if body.rest is not None and not door.takes_upload():
+                    await self._intake.hold(body, passage)
+                    passage.bytes_in = len(body.data)
                 ticket = self._ticket(request, pinned)
                 clock = passage.clock = self._clock(passage, asked, door, own_s)
                 attempt = functools.partial(
                     self._attempt, request, body, asked, door, passage, clock
                 )
-                try:
-                    return await attempt(ticket)
-                except Unanswered as first:
-                    failure = first
-                    retries = Retries(self._announcer, passage, door, ticket, clock)
-                return await retries.after(failure, attempt)
+                with door.uploading() if body.rest else contextlib.nullcontext():
+                    try:
+                        return await attempt(ticket)
+                    except Unanswered as first:
+                        failure = first
+                        retries = Retries(self._announcer, passage, door, ticket, clock)
+                    return await retries.after(failure, attempt)
             finally:
                 body.end()
         finally:
@@ -187,7 +192,7 @@ class Inference:
                 if time.monotonic() < deadline.answer_by:
                     clock.got_slot()  # the engine waits for the client
                     return None
-                due = deadline.request
+                due = Due(due.at, Phase.REQUEST, deadline.answer_by - deadline.arrived)
             error = self._error_of(due, deadline, passage, door)
             self._announcer.announce(RequestExpired(passage.request_id, door.model, due.phase))
             return error

@@ -66,9 +66,9 @@ class Relay:
         nothing was sent; returns what has been sent, else. Cancelling, or a limit that passes,
         closes the engine's connection at once.
         """
+        answer = Answer(request, passage, permit, body, observe)
         if body.rest is None:
             permit.began(weight)
-        answer = Answer(request, passage, permit, body, observe)
         cancelled: str | None = passage.request_id
         try:
             if body.rest is None:
@@ -132,7 +132,7 @@ class Relay:
         answer: Answer,
         all_sent: Callable[[], None],
     ) -> None:
-        """As `_exchange`, of a body that is too large to be held: nothing of it is sent twice."""
+        """As `_exchange`, of a large body that is not held: nothing of it is sent twice."""
         permit, passage = answer.permit, answer.passage
         # A connection of its own: on one that was used the engine's hanging up would be a failure.
         wire = await self._connected(permit, passage)

@@ -1,7 +1,7 @@
 """A large body on its way: what comes from the client goes to its engine, as fast as both can.
 
-The engine computes nothing before it has everything. So until then an upload is no work of the
-engine, and the client's slowness is not the engine's.
+An engine that has not got everything computes nothing, though it may refuse. So until then an
+upload is no work of the engine, and the client's slowness is not the engine's.
 """
 
 from collections.abc import Callable

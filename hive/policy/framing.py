@@ -26,7 +26,7 @@ _REMEMBERED_HEAD = 2048  # bytes; longer ones are read anew each time
 
 
 def chunk(data: bytes) -> bytes:
-    """One chunk of a chunked body."""
+    """One chunk of a chunked body; of nothing, the last one."""
     return b"%x\r\n%s\r\n" % (len(data), data)
 
 

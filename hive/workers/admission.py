@@ -5,9 +5,10 @@ here are their clock, their waiting tasks and their errors.
 """
 
 import asyncio
+import contextlib
 import random
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 from hive.errors import CircuitBreakerOpen, GpuQuarantined, HiveError, ServiceUnavailable
@@ -124,6 +125,7 @@ class Door:
         }
         self._futures: dict[Ticket, asyncio.Future[Permit]] = {}
         self._cooling: dict[str, asyncio.TimerHandle] = {}
+        self._uploads = 0  # requests whose body is sent on as it comes
         for worker in self.workers.values():
             worker.on_move = self.worker_moved
 
@@ -135,6 +137,21 @@ class Door:
     @property
     def waiting(self) -> int:
         return self.room.waiting_count
+
+    def takes_upload(self) -> bool:
+        """Whether one slot more may wait for a slow client: of half of them at most, and no probe."""
+        slots = self.room.slots * len(self.room.open_workers)
+        is_whole = all(breaker.is_closed for breaker in self.breakers.values())
+        return is_whole and self._uploads < slots // 2
+
+    @contextlib.contextmanager
+    def uploading(self) -> Iterator[None]:
+        """A request whose body is sent on as it comes."""
+        self._uploads += 1
+        try:
+            yield
+        finally:
+            self._uploads -= 1
 
     def serves(self, worker: Worker) -> bool:
         """Whether the worker would take a request, when it has a slot."""

@@ -42,11 +42,13 @@ class Wire(asyncio.Protocol):
     def __init__(self, wires: "Wires") -> None:
         self._wires = wires
         self._taker: Taker | None = None
-        self._head = b""  # what has come of it
+        self._head = b""  # what has come of it; then, for a moment, what is behind it
         self._is_headed = self._answers_head = False
         self._is_kept = self._is_paused = self._is_asked = False
         self._room: asyncio.Future[None] | None = None  # while the engine does not read
-        self._spare: socket.socket | None = None  # the same one, for what came before it broke
+        self._spare: socket.socket | None = (
+            None  # its descriptor, to read what came before a write failed
+        )
         self.is_unwanted = False  # whoever connected waits no more
         self.has_answered = False  # any byte of the current answer came
         self.uses = 0

@@ -394,6 +394,56 @@ async def test_an_engine_that_takes_nothing_has_its_limit() -> None:
         stuck.set()
 
 
+@awaited
+async def test_slow_clients_leave_half_of_the_slots_to_others() -> None:
+    """What would take more is held until it is whole, as any other body."""
+    engine = Listener()
+    body = form(recording(2 * EARLY_BYTES))
+    async with (
+        serving(engine.hears, {"max_concurrent": 4}) as it,
+        client(it) as (one, first),
+        client(it) as (_, second),
+        client(it) as (other, third),
+    ):
+        engine.it = it
+        for writer in (first, second):
+            writer.write(whole_head(len(body)) + body[:-10])
+        await until(lambda: it.door.in_flight == 2, "their slots")
+        third.write(whole_head(len(body)) + body[:-10])
+        intake = it.gateway._inference._intake
+        await until(lambda: intake.held >= len(body) - 10, "the third one")
+        assert it.door.in_flight == 2
+        assert (await it.chat())[0].status == 200
+        for writer in (third, first):
+            writer.write(body[-10:])
+
+        assert b" 200 " in await other.readuntil(b"\r\n\r\n")
+        assert b" 200 " in await one.readuntil(b"\r\n\r\n")
+
+
+@awaited
+async def test_no_slow_client_is_the_probe_of_a_broken_worker() -> None:
+    """(R009)"""
+    broken = True
+
+    async def engine(request: web.Request) -> web.Response:
+        await request.read()
+        return web.json_response({}, status=500 if broken else 200)
+
+    body = form(recording(2 * EARLY_BYTES))
+    settings = {"failures": 1, "cooldown_s": 0.1}
+    async with serving(engine, breaker=settings) as it, client(it) as (reader, writer):
+        assert (await it.chat())[0].status == 500
+        broken = False
+        await until(lambda: it.door.room.open_workers, "its second chance")
+        writer.write(whole_head(len(body)) + body[:-10])
+        await until(lambda: it.gateway._inference._intake.held >= len(body) - 10, "the upload")
+        assert (await it.chat())[0].status == 200
+        writer.write(body[-10:])
+
+        assert b" 200 " in await reader.readuntil(b"\r\n\r\n")
+
+
 @pytest.mark.parametrize("how", ["queued", "sent on"])
 @pytest.mark.parametrize("is_reset", [True, False])
 @awaited
@@ -407,15 +457,16 @@ async def test_a_client_that_leaves_while_nothing_is_read_from_it_is_noticed(
         return web.Response()
 
     body = form(recording(2 * LARGE))
-    model = {"max_concurrent": 1, "queue_depth": 1}
+    model = {"max_concurrent": 2, "queue_depth": 1}
+    holders = 2 if how == "queued" else 0
     async with serving(engine, model) as it, asyncio.TaskGroup() as tasks:
-        holder = tasks.create_task(it.chat()) if how == "queued" else None
-        if holder:
-            await until(lambda: it.door.in_flight, "its slot")
+        for _ in range(holders):
+            tasks.create_task(it.chat())
+        await until(lambda: it.door.in_flight == holders, "their slots")
         async with client(it) as (_, writer):
             # Behind more than the kernel takes, an end without a reset would wait as well.
             writer.write(whole_head(len(body)) + body if is_reset else beginning())
-            await until(lambda: it.door.waiting if holder else it.door.in_flight, "its turn")
+            await until(lambda: it.door.waiting if holders else it.door.in_flight, "its turn")
             if is_reset:
                 made = writer.get_extra_info("socket")
                 made.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
@@ -425,8 +476,8 @@ async def test_a_client_that_leaves_while_nothing_is_read_from_it_is_noticed(
 
         assert time.monotonic() < began + 2
         assert it.heard(RequestEnded)[0].status == 499
-        assert it.gateway._inference._intake.held < 100  # what holds the slot
-        assert (it.door.waiting, it.door.in_flight) == (0, 1 if holder else 0)
+        assert it.gateway._inference._intake.held < 100  # of who holds the slots
+        assert (it.door.waiting, it.door.in_flight) == (0, holders)
         stuck.set()
 
 
