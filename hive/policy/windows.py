@@ -51,7 +51,7 @@ NEXT: dict[SessionState, frozenset[SessionState]] = {
 class Shape(NamedTuple):
     """What, beside its tokens, decides whether an engine can use a block."""
 
-    model: str  # the path that the engine was given
+    path: str  # of the model, as the engine was given it
     workers: int  # tensor-parallel size: each keeps its own part of a chunk
     chunk_tokens: int
 
@@ -93,13 +93,13 @@ def block_names(shape: Shape, chunk_hash: bytes, salt: str) -> list[str]:
     Raises ValueError where LMCache could not keep them: '@' separates the parts of a name, and a
     name has at most MOST_NAME bytes.
     """
-    if _SEPARATOR in shape.model or _SEPARATOR in salt:
+    if _SEPARATOR in shape.path or _SEPARATOR in salt:
         raise ValueError(f"{_SEPARATOR!r} is in the model's path or in the salt")
     size = shape.workers
     names = []
     for worker in range(size):
         rank = size << 24 | worker << 16 | size << 8 | worker
-        parts = [shape.model.replace("/", _SLASH), f"{rank:#010x}", "0", chunk_hash.hex()]
+        parts = [shape.path.replace("/", _SLASH), f"{rank:#010x}", "0", chunk_hash.hex()]
         names.append(_SEPARATOR.join([*parts, *([salt] if salt else [])]) + ".data")
     if len(names[0].encode()) > MOST_NAME:
         raise ValueError(f"the model's path makes file names of more than {MOST_NAME} bytes")
