@@ -62,22 +62,13 @@ class Contestant:
         return total / 1024
 
 
-def pin(pid: int, core: int) -> None:
-    for task in os.listdir(f"/proc/{pid}/task"):
-        with contextlib.suppress(ProcessLookupError):
-            os.sched_setaffinity(int(task), {core})
-
-
 @contextlib.contextmanager
-def running(
-    *argv: str, core: int, env: dict[str, str] | None = None, quiet: bool = True
-) -> Iterator[subprocess.Popen[bytes]]:
+def running(*argv: str, core: int, quiet: bool = True) -> Iterator[subprocess.Popen[bytes]]:
     """A process on one core, ended with the block."""
     process = subprocess.Popen(
         ["taskset", "-c", str(core), *argv],
         stdout=subprocess.DEVNULL if quiet else subprocess.PIPE,
         stderr=subprocess.DEVNULL if quiet else None,
-        env={**os.environ, **(env or {})},
     )
     try:
         yield process
