@@ -210,12 +210,14 @@ async def test_a_client_that_leaves_in_the_middle_leaves_nothing() -> None:
 @awaited
 async def test_an_engine_that_answers_early_is_heard_and_its_connection_not_used_again() -> None:
     """The rest of the body would be the next request's beginning."""
+    sent = beginning().partition(b"\r\n\r\n")[2]
     refusal = b"HTTP/1.1 400 Bad Request\r\nContent-Length: 2\r\n\r\n{}"
     async with serving(None) as it:
         heads = asyncio.Queue[bytes]()
 
         async def engine(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
             heads.put_nowait(await reader.readuntil(b"\r\n\r\n"))
+            await reader.readexactly(len(sent))  # nothing waits anywhere, and it is not all
             writer.write(refusal)
             await reader.read(-1)  # until hive hangs up
             writer.close()
@@ -227,9 +229,9 @@ async def test_an_engine_that_answers_early_is_heard_and_its_connection_not_used
             head = await reader.readuntil(b"\r\n\r\n")
 
             assert b" 400 " in head
+            assert not it.life.wires.idle
             assert (await heads.get()).startswith(f"POST {PATH} ".encode())
             assert await heads.get() == b"hung up"
-            assert not it.life.wires.idle
             assert it.door.in_flight == 0
         listener.close()
 
