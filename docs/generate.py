@@ -17,6 +17,7 @@ import click
 from aiohttp import web
 from prometheus_client import Counter
 from prometheus_client.metrics import MetricWrapperBase
+from sqlalchemy.ext.asyncio import create_async_engine
 
 from hive import cli
 from hive.devices.nvml import Driver
@@ -26,7 +27,14 @@ from hive.events import Announcer
 from hive.gateway.app import Gateway
 from hive.gateway.auth import needed_scope
 from hive.settings import FIXED, Settings
+from hive.storage.catalogue import Catalogue
 from hive.telemetry.metrics import Metrics
+from hive.windows.engines import Engines
+from hive.windows.files import WindowFiles
+from hive.windows.keeping import Keeping
+from hive.windows.operations import Windows
+from hive.windows.sessions import Sessions
+from hive.windows.tier import Tier
 from hive.workers.fleet import Fleet
 from hive.workers.ledger import Ledger
 
@@ -290,7 +298,7 @@ not changed on its way, neither the request nor the answer; read are `model`, fr
 | `X-Request-Id` | answer | the request's id, on every answer; logs and engine have the same |
 | `X-Hive-Timeout`, `X-Request-Deadline` | inference | seconds, or a time in ISO 8601 with its offset: the answer must have begun by then. They may shorten hive's own limit and never extend it |
 | `X-Hive-Priority` | inference | `interactive`, `normal` or `batch`: the order in the waiting room; not above the key's own |
-| `X-Hive-Session` | inference | 1 to 64 of letters, digits, `-` and `_`, the first one a letter or digit; the requests of a session go to the same replica while that has a slot |
+| `X-Hive-Session` | inference | 1 to 64 of letters, digits, `-` and `_`, the first one a letter or digit; of chat completions, completions and messages: the conversation that the request belongs to ([windows.md](windows.md)). Its requests go to the same replica while that has a slot |
 | `Last-Event-ID` | request | of `/hive/v1/events`: go on after this event |
 | `Retry-After` | refusal | whole seconds from 1 to 30 until it is worth trying again; absent when waiting is no help |
 | `retry-after-ms` | refusal | the same, unrounded, in milliseconds |
@@ -326,6 +334,7 @@ The reasons of SERVICE_UNAVAILABLE, and of RATE_LIMITED the last two:
 | `bodies_full` | yes | too many request bodies are being received at once |
 | `worker_failed` | no | the worker failed and is not restarted any more |
 | `worker_stopped` | no | an operator stopped it |
+| `cache_lost` | yes | a freeze or thaw (KV_SERVER_UNREACHABLE): the engine is restarted when it is idle, since its LMCache was |
 | `quarantined` | no | a device that the model needs failed; an operator releases it (GPU_QUARANTINED) |
 | `max_concurrent` | yes | 429: this key has as many requests in flight as it may |
 | `requests_per_minute` | yes | 429: this key has asked as often as it may in a minute |
@@ -402,8 +411,13 @@ def application() -> web.Application:
     devices = Devices(Driver(), {}, announcer)
     ledger = Ledger(Path("ledger"), announcer.announce)
     fleet = Fleet(settings, devices, ledger, announcer)
+    catalogue = Catalogue(create_async_engine("sqlite+aiosqlite://"))
+    tier, files = Tier(Path("kv"), 0), WindowFiles(Path("windows"), Path("kv"))
+    sessions, engines = Sessions(settings, catalogue, announcer), Engines(settings, fleet)
+    windows = Windows(settings, catalogue, files, tier, sessions, engines, announcer)
+    kept = Keeping(sessions, windows, engines)
     text = lambda: (b"", "")  # noqa: E731
-    return Gateway(settings, fleet, devices, ledger, announcer, text, lambda: None).app
+    return Gateway(settings, fleet, devices, ledger, announcer, text, lambda: None, kept).app
 
 
 def _route(route: web.AbstractRoute) -> tuple[str, str, str]:

@@ -23,6 +23,7 @@ from hive.policy.lifecycle import State
 from hive.settings import Settings
 from hive.telemetry import logs, systemd
 from hive.telemetry.metrics import Metrics
+from hive.windows.keeping import keeping
 from hive.workers import cgroup, directories, guard, preflight
 from hive.workers.fleet import Fleet
 from hive.workers.ledger import Ledger
@@ -71,35 +72,37 @@ async def serve_supervised(
         groups = await asyncio.to_thread(cgroup.find)
         fleet = Fleet(settings, devices, ledger, announcer, groups)
         metrics = Metrics(
-            ((worker.id, worker.model) for worker in fleet.workers.values()),
+            ((worker.id, worker.model) for worker in fleet.everyone()),
             (watched.device.id for watched in devices.watched.values()),
             fleet.doors,
         )
         announcer.listen(metrics.hear)
-        gateway = Gateway(
-            settings, fleet, devices, ledger, announcer, metrics.text, stop_asked.first.set
-        )
-        async with (
-            metrics.measuring_lag(),
-            rechecking(ledger),
-            listening(
-                gateway.app, settings, announcer, inherited, most_connections, gateway.entrance
-            ),
-            fleet.running(),
-            devices.watching(),
-        ):
-            await fleet.start()
-            gc.collect()
-            gc.freeze()  # what exists now lives as long as hive: never look at it again
-            gc.set_threshold(*GC_AFTER)
-            await until_the_end(stop_asked, fleet)
-            why = fleet.verdict.message if fleet.verdict else ""
-            announcer.announce(DaemonMoved("stopping", why))
-            gateway.close_streams()
-            by = time.monotonic() + settings.server.drain_s
-            await stop_fleet(fleet, stop_asked)
-            if not fleet.verdict:
-                await unless(stop_asked.second, gateway.finish(by))
+        async with keeping(settings, fleet, announcer) as kept:
+            drain = stop_asked.first.set
+            gateway = Gateway(
+                settings, fleet, devices, ledger, announcer, metrics.text, drain, kept
+            )
+            async with (
+                metrics.measuring_lag(),
+                rechecking(ledger),
+                listening(
+                    gateway.app, settings, announcer, inherited, most_connections, gateway.entrance
+                ),
+                fleet.running(),
+                devices.watching(),
+            ):
+                await fleet.start()
+                gc.collect()
+                gc.freeze()  # what exists now lives as long as hive: never look at it again
+                gc.set_threshold(*GC_AFTER)
+                await until_the_end(stop_asked, fleet)
+                why = fleet.verdict.message if fleet.verdict else ""
+                announcer.announce(DaemonMoved("stopping", why))
+                gateway.close_streams()
+                by = time.monotonic() + settings.server.drain_s
+                await stop_fleet(fleet, stop_asked)
+                if not fleet.verdict:
+                    await unless(stop_asked.second, gateway.finish(by))
         await ledger.close()
         driver.close()
         announcer.announce(DaemonMoved("stopped"))

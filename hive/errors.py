@@ -257,6 +257,13 @@ class SessionNotActive(Conflict):
     action = "Thaw the session's window, or make a new session."
 
 
+class ModelIncompatible(Conflict):
+    code = "MODEL_INCOMPATIBLE"
+    shows = frozenset({"fields"})
+    summary = "The model that runs now cannot use what the window holds."
+    action = "Serve the model as it was when the window was frozen, or freeze it again."
+
+
 class PayloadTooLarge(HiveError):
     code, status = "PAYLOAD_TOO_LARGE", 413
     family, kind = Family.VALIDATION, "request_too_large"

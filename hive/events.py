@@ -235,6 +235,45 @@ class RequestEnded(Event, frozen=True, gc=False):
     bytes_out: int
 
 
+class SessionMoved(Event, frozen=True, gc=False):
+    """A session came to another state; a new one was nothing before."""
+
+    session: str
+    model: str
+    old: str
+    new: str
+
+
+class WindowsCounted(Event, frozen=True, gc=False):
+    """How many windows there are in a state."""
+
+    state: str
+    count: int
+
+
+class WindowOperationEnded(Event, frozen=True, gc=False):
+    """Something was done with a window, or failed with `code`: freeze, thaw, verify … (R115)."""
+
+    operation: str
+    window: str
+    session: str
+    model: str
+    seconds: float
+    code: str = ""
+    blocks: int = 0
+    bytes: int = 0
+
+
+class ThawProved(Event, frozen=True, gc=False):
+    """The first request after a thaw: what was promised of its prompt, and what the engine found."""
+
+    window: str
+    session: str
+    model: str
+    promised_tokens: int
+    cached_tokens: int
+
+
 class DaemonMoved(Event, frozen=True, gc=False):
     """The daemon itself: listening, stopping, stopped."""
 
@@ -254,6 +293,7 @@ COUNTED: tuple[type[Event], ...] = (
     RequestExpired,
     RequestRefused,
     RetriesEnded,
+    WindowsCounted,
 )
 
 

@@ -304,7 +304,36 @@ class Windows(Section):
     kv_tier_gib: float = Field(
         10, gt=0, le=1_000_000, description="LMCache's file tier, GiB, bounded by hive."
     )
-    kv_chunk_tokens: int = Field(256, ge=16, le=65_536, description="Tokens in a KV chunk.")
+    kv_ram_gib: float = Field(
+        1, ge=0.1, le=100_000, description="Host memory that LMCache keeps chunks in, GiB."
+    )
+    kv_chunk_tokens: int = Field(
+        256,
+        ge=16,
+        le=65_536,
+        description="Tokens in a KV chunk; a multiple of the engines' block size.",
+    )
+    kv_server: tuple[Text, ...] = Field(
+        (),
+        description="Program to run as the LMCache server, with arguments; LMCache's own are "
+        "added. Default: the one in the engine's environment.",
+    )
+    session_idle_s: float = Field(
+        86_400,
+        gt=0,
+        le=31_536_000,
+        allow_inf_nan=False,
+        description="Seconds after which an unused session expires.",
+    )
+    max_sessions: int = Field(
+        10_000, ge=0, le=10_000_000, description="Sessions of one API key; 0 = no limit."
+    )
+    max_windows: int = Field(
+        1000, ge=0, le=10_000_000, description="Windows of one API key; 0 = no limit."
+    )
+    max_gib: float = Field(
+        0, ge=0, le=1_000_000, description="Disk of one API key's windows, GiB; 0 = no limit."
+    )
 
 
 class TimeoutOverrides(Section):
@@ -364,7 +393,8 @@ class Model(Section):
     )
     command: tuple[Text, ...] = Field(
         (),
-        description="Program and arguments (engine command); {socket}, {model} and {device} are filled in.",
+        description="Program and arguments (engine command); {socket}, {model} and {device} are "
+        "filled in, with windows = true also {kv}, {kv_path} and {kv_chunk}.",
     )
     health_path: Text = Field(
         "/health", pattern=r"^/", description="Path that answers 200 when the engine is up."
@@ -400,6 +430,8 @@ class Model(Section):
             yield 'engine command needs command = ["prog", "--uds", "{socket}"]'
         elif self.engine == "command" and not any("{socket}" in part for part in self.command):
             yield "command must pass {socket} on: the unix socket that hive talks to"
+        if self.windows and self.engine == "command" and not any("{kv}" in p for p in self.command):
+            yield "windows = true: command must pass {kv} on, the address of the LMCache server"
         if "CUDA_VISIBLE_DEVICES" in self.env:
             yield "env must not set CUDA_VISIBLE_DEVICES: hive sets it from device"
 

@@ -15,13 +15,21 @@ HOST_WIDE = {
     "test_leftovers.py",
     "test_process.py",
 }
-LONG = {"test_kills.py", "test_overload.py", "test_permits.py", "test_soak.py"}
+REAL_S = 600  # for a scenario that starts the real engine, perhaps twice
+LONG = {
+    "test_freeze_kills.py",
+    "test_kills.py",
+    "test_overload.py",
+    "test_permits.py",
+    "test_soak.py",
+}
 pytest_plugins = [
     "steps.leaks",
     "steps.driver",
     "steps.real",
     "steps.deaths",
     "steps.hanging_engine",
+    "steps.real_memory",
     "steps.story",
     "steps.daemon",
     "steps.workers",
@@ -32,6 +40,7 @@ pytest_plugins = [
     "steps.requests",
     "steps.admission",
     "steps.hanging",
+    "steps.memory",
     "steps.operator",
     "steps.watching",
 ]
@@ -58,6 +67,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Most tests may run side by side; what takes long begins first, so that nobody waits for it."""
     for item in items:
-        if item.get_closest_marker("engine") is not None or item.path.name in HOST_WIDE:
+        is_real = item.get_closest_marker("engine") is not None
+        if is_real or item.path.name in HOST_WIDE:
             item.add_marker(pytest.mark.alone)
+        if is_real and item.get_closest_marker("timeout") is None:
+            item.add_marker(pytest.mark.timeout(REAL_S))
     items.sort(key=lambda item: item.path.name not in LONG)

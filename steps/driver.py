@@ -26,9 +26,11 @@ import pytest
 from hive.workers import guard
 from steps import leaks
 from steps.waiting import must, until
-from tests.doubles import engine_command
+from tests.doubles import engine_command, lmcache_command
 
 HIVE = [sys.executable, "-m", "hive"]
+# What the engine double is told of the LMCache double.
+BESIDE = ("--kv", "{kv}", "--kv-model", "{kv_path}", "--kv-chunk", "{kv_chunk}")
 START_S = 20.0
 STOP_S = 30.0
 ROOT = Path(__file__).parent.parent
@@ -254,6 +256,10 @@ class Hive:
         self.models[name] = ModelConfig(knobs, extra)
 
     def write_config(self) -> None:
+        if any(
+            m.extra.get("windows") and m.extra.get("engine") != "vllm" for m in self.models.values()
+        ):
+            self.sections.setdefault("windows", {}).setdefault("kv_server", lmcache_command())
         server = {
             "port": self.port,
             "state_dir": str(self.state),
@@ -266,7 +272,7 @@ class Hive:
         for key in self.keys:
             lines += ["[[auth.keys]]", *(f"{k} = {_toml(v)}" for k, v in key.items())]
         for name, model in self.models.items():
-            fields = {"engine": "command", **model.extra}
+            fields: dict[str, Any] = {"engine": "command", **model.extra}
             if "replicas" not in fields:
                 fields.setdefault("device", "cpu")
             if fields["engine"] == "command" and "command" not in fields:
@@ -276,6 +282,7 @@ class Hive:
                 fields["command"] = engine_command(
                     "--uds", "{socket}", "--model", "{model}", "--control", control,
                     "--journal", str(self.journal(name)), *model.knobs,
+                    *(BESIDE if fields.get("windows") else ()),
                 )  # fmt: skip
             lines += [f'[models."{name}"]', *(f"{k} = {_toml(v)}" for k, v in fields.items())]
         self.config.write_text("\n".join(lines) + "\n")
@@ -515,6 +522,22 @@ class Hive:
 
     def double(self, name: str = "m") -> "Double":
         return Double(self.control(name))
+
+    def cache(self) -> http.client.HTTPConnection:
+        """LMCache's own interface, which only hive talks to."""
+        command = Path(f"/proc/{self.worker('lmcache')['pid']}/cmdline").read_bytes()
+        words = command.decode().split("\0")
+        port = int(words[words.index("--http-port") + 1])
+        return http.client.HTTPConnection("127.0.0.1", port, timeout=10)
+
+    def turn_cache(self, **knobs: object) -> None:
+        """Turn knobs of the LMCache double."""
+        connection = self.cache()
+        try:
+            connection.request("POST", "/double/knobs", json.dumps(knobs))
+            assert connection.getresponse().status == 200
+        finally:
+            connection.close()
 
     def double_of(self, worker_id: str) -> "Double":
         """The double behind one of several replicas."""

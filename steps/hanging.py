@@ -137,12 +137,6 @@ def _(story: Story, count: int) -> None:
     assert [w["in_flight"] for w in story.hive.workers] == [count, count]
 
 
-@when(parsers.parse("a client asks for {count:d} chats of one session in turn"))
-def _(story: Story, count: int) -> None:
-    for _number in range(count):
-        assert story.ask("POST", CHAT, chat_body(MODEL), X_Hive_Session="s1").status == 200
-
-
 @then("one replica has answered all of them")
 def _(story: Story) -> None:
     asked = int(story.hive.metric("hive_requests_total", model=MODEL, status="200"))

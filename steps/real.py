@@ -1,10 +1,12 @@
 """One hive with the real vLLM on the CPU, started once and used by every @engine test."""
 
+import contextlib
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -37,12 +39,38 @@ def tiny_model() -> Path:
 @pytest.fixture(scope="session")
 def real_hive() -> Iterator[Hive]:
     """hive serving model "m" by the real engine; what it leaves at its end fails the session."""
+    with really_serving(ARGS, env={"VLLM_ENABLE_RESPONSES_API_STORE": "1"}) as hive:
+        yield hive
+
+
+def start_shared(hive: Hive, *, is_ready: bool = True) -> None:
+    """Start it as one that several scenarios use: it and what it starts are no leaks of theirs."""
+    hive.launch()
+    assert hive.process is not None
+    leaks.shared_pids.add(hive.process.pid)
+    hive.start_was_launched(START_S, is_ready=is_ready)
+
+
+@contextlib.contextmanager
+def really_serving(
+    args: list[str],
+    *,
+    keys: Sequence[dict[str, Any]] = (),
+    key: str | None = None,
+    windows: dict[str, Any] | None = None,
+    **fields: Any,
+) -> Iterator[Hive]:
+    """hive with the real engine as model "m", from its start to its clean end."""
     if managed_python() is None:
         pytest.skip("no engine environment: run 'hive engine install cpu' (make test does)")
     shm_before = set(os.listdir(guard.SHM))
     home = Path(tempfile.mkdtemp(prefix="hv", dir="/tmp"))
     hive = Hive(home)
+    hive.keys, hive.key = list(keys), key
     hive.sections["server"] = {"drain_s": 5}
+    if windows is not None:
+        hive.sections["windows"] = windows
+        fields["windows"] = True
     # What is used for the first time is compiled then (log probabilities): longer than 25 s on a
     # busy machine, and no test is about how fast this one is.
     hive.sections["timeouts"] = {"load_s": 170, "request_s": 130, "inference_s": 120}
@@ -51,14 +79,11 @@ def real_hive() -> Iterator[Hive]:
         "m",
         engine="vllm",
         path=str(tiny_model()),
-        args=ARGS,
-        env={"VLLM_ENABLE_RESPONSES_API_STORE": "1"},
+        args=args,
+        **fields,
     )
     try:
-        hive.launch()
-        assert hive.process is not None
-        leaks.shared_pids.add(hive.process.pid)
-        hive.start_was_launched(START_S)
+        start_shared(hive)
         yield hive
         hive.stop()
         left = []

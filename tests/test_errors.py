@@ -32,6 +32,7 @@ STATUS = {
         "CONFLICT",
         "BLOCK_NOT_FOUND",
         "INVALID_STATE_TRANSITION",
+        "MODEL_INCOMPATIBLE",
         "SESSION_ALREADY_FROZEN",
         "WINDOW_ALREADY_EXISTS",
         "SESSION_NOT_ACTIVE",
@@ -399,3 +400,12 @@ def test_what_no_error_has_finds_nothing(unknown: str) -> None:
 def test_device_errors_as_a_group_have_no_code_of_their_own() -> None:
     assert errors.DeviceError not in ALL
     assert errors.TimeoutFailure not in ALL
+
+
+def test_a_window_of_another_model_tells_what_differs() -> None:
+    """The fields' names, and not their values."""
+    error = errors.ModelIncompatible(fields=["dtype", "weights"], path="/srv/models")
+
+    assert (error.status, error.code) == (409, "MODEL_INCOMPATIBLE")
+    assert error.public_details == {"fields": ["dtype", "weights"]}
+    assert not error.retryable

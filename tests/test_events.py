@@ -77,3 +77,11 @@ def test_no_fact_carries_what_a_client_said(kind: type[Event]) -> None:
 
 def test_outside_a_request_there_is_no_request_id() -> None:
     assert events.request_id_var.get() is None
+
+
+def test_what_is_only_counted_is_not_written() -> None:
+    """Of windows the operations are lines; how many there are is a number."""
+    assert events.WindowsCounted in events.COUNTED
+    assert not {events.SessionMoved, events.WindowOperationEnded, events.ThawProved} & set(
+        events.COUNTED
+    )

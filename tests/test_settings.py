@@ -93,7 +93,11 @@ def test_the_defaults_are_those_of_the_contract(loaded: Load) -> None:
     assert (limits.cleanup_s, limits.kill_s, limits.load_s) == (5, 5, 300)
     assert (settings.restarts.starts, settings.restarts.window_s) == (5, 300)
     assert (settings.breaker.failures, settings.breaker.cooldown_s) == (5, 60)
-    assert (settings.windows.kv_tier_gib, settings.windows.kv_chunk_tokens) == (10, 256)
+    kept = settings.windows
+    assert (kept.kv_tier_gib, kept.kv_ram_gib, kept.kv_chunk_tokens) == (10, 1, 256)
+    assert (kept.session_idle_s, kept.max_sessions) == (86_400, 10_000)
+    assert (kept.max_windows, kept.max_gib) == (1000, 0)
+    assert kept.kv_server == ()
     assert (small.max_concurrent, small.queue_depth) == (64, 32)
     assert (small.kv_cache_gib, small.required_vram_gib, small.windows) == (0, 0, False)
     assert (small.args, small.env, small.replicas, small.alternatives) == ((), {}, (), ())
@@ -177,8 +181,10 @@ def test_every_scalar_of_a_fixed_section_can_come_from_the_environment(
 ) -> None:
     default = getattr(loaded(), section)
     values = {
-        name: str(getattr(default, name) or "1") for name in type(default).model_fields
-    }  # the default again, which is always valid
+        name: str(value or "1")  # the default again, which is always valid
+        for name in type(default).model_fields
+        if not isinstance(value := getattr(default, name), tuple)
+    }
     for name, value in values.items():
         monkeypatch.setenv(f"HIVE_{section.upper()}__{name.upper()}", value)
     text = f"[{section}]\n" + "".join(f"{name} = -1\n" for name in values) + MODEL
@@ -790,3 +796,66 @@ def test_a_pipe_is_no_configuration_and_is_not_waited_for(tmp_path: Path) -> Non
 def test_a_value_that_no_parser_takes_is_told(loaded: Load, value: str) -> None:
     with pytest.raises(ConfigInvalid, match="is not TOML"):
         loaded(f"a = {value}\n{MODEL}")
+
+
+# ── Windows ─────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_the_windows_keys_are_taken(loaded: Load) -> None:
+    text = """
+    [windows]
+    kv_tier_gib = 0.5
+    kv_ram_gib = 0.1
+    kv_chunk_tokens = 16
+    kv_server = ["/opt/lmcache", "--x"]
+    session_idle_s = 0.5
+    max_sessions = 0
+    max_windows = 0
+    max_gib = 2.5
+    """
+    kept = loaded(text + MODEL).windows
+
+    assert (kept.kv_tier_gib, kept.kv_ram_gib, kept.kv_chunk_tokens) == (0.5, 0.1, 16)
+    assert kept.kv_server == ("/opt/lmcache", "--x")
+    assert (kept.session_idle_s, kept.max_sessions) == (0.5, 0)
+    assert (kept.max_windows, kept.max_gib) == (0, 2.5)
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "kv_tier_gib = 0",
+        "kv_ram_gib = 0",
+        "kv_ram_gib = 100001",
+        "kv_chunk_tokens = 15",
+        "kv_chunk_tokens = 65537",
+        "kv_chunk_tokens = 16.5",
+        'kv_server = "lmcache"',
+        "kv_server = [1]",
+        "max_sessions = -1",
+        "session_idle_s = 0",
+        "session_idle_s = inf",
+        "session_idle_s = nan",
+        "max_windows = -1",
+        "max_windows = 1.5",
+        "max_gib = -1",
+    ],
+)
+def test_a_windows_key_out_of_its_range_is_refused(problems: Problems, line: str) -> None:
+    (problem,) = problems(f"[windows]\n{line}\n{MODEL}")
+
+    assert problem.startswith(f"windows.{line.partition(' ')[0]}")
+
+
+def test_a_command_with_windows_must_pass_the_address_of_lmcache_on(
+    loaded: Load, problems: Problems
+) -> None:
+    (problem,) = problems(model("windows = true"))
+    assert problem == (
+        "models.small: windows = true: command must pass {kv} on, the address of the LMCache server"
+    )
+
+    text = model("windows = true").replace('"{socket}"', '"{socket}", "--kv={kv}"')
+    assert loaded(text).models["small"].windows
+    (problem,) = problems(text.replace("{kv}", "{kv_path}"))
+    assert "{kv}" in problem

@@ -19,7 +19,7 @@ Feature: Commands
         | worker list              | llama-0               |
         | worker show llama-0      | READY                 |
         | worker logs llama-0      | hello from the engine |
-        | health                   | ready                 |
+        | health                   | ok                    |
         | health --verbose         | llama-0               |
         | test-connection --engine | ok                    |
         | explain WORKER_CRASHED   | 502                   |
@@ -35,8 +35,8 @@ Feature: Commands
         | status                   | ready             | True           |
         | worker list              | workers.0.state   | READY          |
         | worker show llama-0      | id                | llama-0        |
-        | health                   | status            | ready          |
-        | test-connection --engine | connections.0.ok  | True           |
+        | health                   | status            | ok             |
+        | test-connection --engine | status            | ok             |
         | explain CWM-2001         | code              | SESSION_NOT_FOUND |
 
   Rule: The exit code says how it went
@@ -63,7 +63,7 @@ Feature: Commands
       And hive has just started
       When the operator runs "health"
       Then the command ends with 1
-      And it prints "unavailable"
+      And it prints "down"
 
     @R064
     Scenario: There is no daemon

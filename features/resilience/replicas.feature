@@ -12,7 +12,7 @@ Feature: Replicas and retries
       Then each replica answers 2 of them
 
     Scenario: A session stays with its worker
-      Given a model with 2 replicas
+      Given a model with windows and 2 replicas
       And hive is serving
       When a client asks for 6 chats of one session in turn
       Then one replica has answered all of them

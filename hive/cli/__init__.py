@@ -17,16 +17,22 @@ COMMANDS = {
     "serve": ("hive.cli.serve", "serve", "Run the daemon in the foreground."),
     "check": ("hive.cli.serve", "check", "Try the configuration without serving."),
     "status": ("hive.cli.status", "status", "Show the daemon, its models and workers."),
-    "health": ("hive.cli.status", "health", "Say whether the daemon and its models can serve."),
+    "health": ("hive.cli.health", "health", "Say whether hive and all of its parts are well."),
     "test-connection": (
-        "hive.cli.status",
+        "hive.cli.health",
         "test_connection",
-        "Ask each engine whether it answers.",
+        "Ask the engines or LMCache alone whether they answer.",
     ),
     "worker": (
         "hive.cli.worker",
         "worker",
         "List, show, start, stop, drain, restart and release workers; read logs.",
+    ),
+    "session": ("hive.cli.session", "session", "List, show, make and delete sessions."),
+    "window": (
+        "hive.cli.window",
+        "window",
+        "Freeze, thaw, list, show, clone, delete, diagnose and repair windows.",
     ),
     "devices": (
         "hive.cli.devices",

@@ -11,6 +11,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote, urlencode
 
 import click
 
@@ -19,7 +20,10 @@ from hive.policy.retries import RETRIES
 from hive.settings import DEFAULT_FILES, text_of
 
 TIMEOUT_S = 30.0
+PATIENT_S = 330.0  # for what the daemon itself may take 300 s for
 LONGEST_S = 86_400.0
+NO_CONTENT = 204
+EVENTS = "text/event-stream"
 
 
 class Duration(click.FloatRange):
@@ -45,14 +49,14 @@ def _key(_ctx: click.Context, _param: click.Parameter, value: str | None) -> str
     return value
 
 
-def daemon_options(command: Any) -> Any:
+def daemon_options(command: Any, timeout_s: float = TIMEOUT_S) -> Any:
     """--url, --api-key and --timeout of every command that talks to the daemon."""
     for option in (
         click.option(
             "--timeout",
             "timeout_s",
             type=Duration(),
-            default=TIMEOUT_S,
+            default=timeout_s,
             show_default=True,
             help="Seconds to wait for the daemon.",
         ),
@@ -90,6 +94,19 @@ def address(url: str | None) -> str:
     return f"http://{host}:{port}"
 
 
+def patient_options(command: Any) -> Any:
+    """The same for a command that may take minutes."""
+    return daemon_options(command, PATIENT_S)
+
+
+def place(*parts: str, **query: object) -> str:
+    """Where something of hive's own is; parts and values may be anything, None is left out."""
+    path = "/".join(quote(part, safe="", errors="surrogateescape") for part in parts)
+    asked = {name: value for name, value in query.items() if value is not None}
+    more = f"?{urlencode(asked, errors='surrogateescape')}" if asked else ""
+    return f"/hive/v1/{path}{more}"
+
+
 def call(
     method: str, path: str, *, url: str | None, api_key: str | None, timeout_s: float, **kwargs: Any
 ) -> Any:
@@ -99,9 +116,60 @@ def call(
         async with opened(
             method, path, url=url, api_key=api_key, timeout_s=timeout_s, **kwargs
         ) as answer:
-            return await answer.json()
+            return None if answer.status == NO_CONTENT else await answer.json()
 
     return asyncio.run(persistently(ask))
+
+
+def watch(
+    method: str,
+    path: str,
+    told: Callable[[str, int, int], None],
+    *,
+    url: str | None,
+    api_key: str | None,
+    timeout_s: float,
+    **kwargs: Any,
+) -> Any:
+    """One request, of whose progress `told` hears phase, done and total; else as `call`."""
+
+    async def ask() -> Any:
+        kind, data = "", b""
+        async with opened(
+            method,
+            path,
+            url=url,
+            api_key=api_key,
+            timeout_s=timeout_s,
+            headers={"Accept": EVENTS},
+            **kwargs,
+        ) as answer:
+            if answer.content_type != EVENTS:
+                raise _told(b"", answer.status)
+            async for kind, data in _events(answer.content):  # to its end: who leaves is noticed
+                if kind == "progress":
+                    one = json.loads(data)
+                    told(one["phase"], one["done"], one["total"])
+        if kind == "result":
+            return json.loads(data)
+        if kind == "error":
+            raise _told(data, answer.status)
+        raise _cut_off(address(url))
+
+    return asyncio.run(persistently(ask))
+
+
+async def _events(content: Any) -> AsyncIterator[tuple[str, bytes]]:
+    """Kind and data of each event; the data is one line, however long."""
+    rest = bytearray()
+    async for piece in content.iter_any():
+        seen = max(0, len(rest) - 1)
+        rest += piece
+        while (end := rest.find(b"\n\n", seen)) >= 0:
+            fields = dict(line.partition(b": ")[::2] for line in bytes(rest[:end]).split(b"\n"))
+            yield fields.get(b"event", b"").decode(), fields.get(b"data", b"")
+            del rest[: end + 2]
+            seen = 0
 
 
 async def persistently(ask: Callable[[], Awaitable[Any]]) -> Any:
@@ -195,6 +263,15 @@ async def opened(
         aiohttp.NonHttpUrlClientError,
     ) as exc:
         raise DaemonUnreachable(f"The hive daemon cannot be reached at {base}.") from exc
+    except aiohttp.ClientPayloadError as exc:
+        raise _cut_off(base) from exc
+
+
+def _cut_off(base: str) -> DaemonUnreachable:
+    return DaemonUnreachable(
+        f"The hive daemon at {base} ended in the middle of its answer.",
+        action="Start it with 'hive serve'; then look how far it came before you try again.",
+    )
 
 
 class _Told(HiveError):

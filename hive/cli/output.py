@@ -2,7 +2,9 @@
 
 import json
 import sys
-from collections.abc import Iterable, Sequence
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import click
@@ -13,9 +15,9 @@ from hive.policy.visible import visible
 json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON for programs.")
 
 
-def say(text: object, *, err: bool = False) -> None:
+def say(text: object, *, err: bool = False, end: str = "\n") -> None:
     """Print a line that may quote engines, clients or files: it cannot steer the terminal."""
-    print(visible(str(text)), file=sys.stderr if err else sys.stdout)
+    print(visible(str(text)), file=sys.stderr if err else sys.stdout, end=end, flush=not end)
 
 
 def print_json(value: Any) -> None:
@@ -39,6 +41,37 @@ def print_table(columns: Sequence[str], rows: Iterable[Sequence[object]]) -> Non
     with console.capture() as text:  # printed by us: rich ends the program on a broken pipe
         console.print(table)
     print(text.get(), end="")
+
+
+@contextmanager
+def progress(what: str) -> Iterator[Callable[[str, int, int], None]]:
+    """What hears of phase, done and total: a bar while the block runs, on a terminal only."""
+    if not sys.stderr.isatty():
+        yield lambda _phase, _done, _total: None
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+
+    with Progress(
+        TextColumn("{task.description}", markup=False),
+        BarColumn(),
+        MofNCompleteColumn(),
+        console=Console(stderr=True),
+        transient=True,
+        redirect_stdout=False,
+    ) as bars:
+        bar = bars.add_task(visible(what), total=None)
+
+        def show(phase: str, done: int, total: int) -> None:
+            said = visible(f"{what}: {phase}")
+            bars.update(bar, description=said, completed=done, total=total)
+
+        yield show
+
+
+def clock(seconds: float) -> str:
+    """A moment since 1970 as this host's clocks tell it."""
+    return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(seconds))
 
 
 def show_error(error: HiveError, *, as_json: bool) -> None:

@@ -164,8 +164,8 @@ class Admin:
         return response
 
     async def workers(self, _request: web.Request) -> web.Response:
-        """Every worker: id, model, state, device, reason and more."""
-        return web.json_response({"workers": [self._view(w) for w in self._fleet.workers.values()]})
+        """Every worker: id, model, state, device, reason and more; the LMCache server, too."""
+        return web.json_response({"workers": [self._view(w) for w in self._fleet.everyone()]})
 
     async def worker(self, request: web.Request) -> web.Response:
         """One worker."""
@@ -186,7 +186,11 @@ class Admin:
 
     def _view(self, worker: Worker) -> dict[str, Any]:
         """A worker; its reason may quote the engine, so it is redacted like an answer."""
-        view = {**worker.view(), **self._fleet.door(worker.model).view(worker)}
+        view = worker.view()
+        if worker is not self._fleet.cache:
+            view |= self._fleet.door(worker.model).view(worker)
+        if (cache := self._fleet.cache_view(worker)) is not None:
+            view["cache"] = cache
         return {**view, "reason": for_clients(view["reason"])}
 
     def _find(self, request: web.Request) -> Worker:

@@ -69,6 +69,7 @@ class Answer:
         self._request, self._transport, self._observe = request, transport, observe
         self._request_body = body
         self._clock, self._pulse, self._line = clock, pulse, line_of(transport)
+        self._witness = passage.witness
         self._deadline = clock.deadline
         self._wire: Wire | None = None
         self._loop = asyncio.get_running_loop()
@@ -206,6 +207,8 @@ class Answer:
 
     def begins(self, head: Head) -> None:
         """Nothing is sent before something of the body is there."""
+        if self._witness is not None:
+            self._witness.begins()
         self._head, self._body = head, head.body()
         has_chunks = self._request.version >= HttpVersion11 and head.length is None
         self._is_chunked, self._is_recoded = has_chunks, has_chunks is not head.is_chunked
@@ -261,7 +264,7 @@ class Answer:
                 data, self._held = data[:-count], data[-count:]
                 if not data:
                     return
-        if self._is_recoded:
+        if self._is_recoded or self._witness is not None:
             end, out = self._taken(data)
         elif (end := self._body.feed(data)) < 0:
             out = data
@@ -285,12 +288,16 @@ class Answer:
 
     def _taken(self, data: bytes) -> tuple[int, bytes]:
         """Where in it the body ends (-1: not yet), and what the client gets of it."""
-        if not self._is_recoded:
+        if not self._is_recoded and self._witness is None:
             end = self._body.feed(data)
             return end, data if end < 0 else data[:end]
         payload: list[bytes] = []
         end = self._body.feed(data, payload)
         out = b"".join(payload)
+        if self._witness is not None:
+            self._witness.heard(out)
+            if not self._is_recoded:
+                return end, data if end < 0 else data[:end]
         return end, chunk(out) if out and self._is_chunked else out
 
     def _suspects(self) -> None:
@@ -322,6 +329,8 @@ class Answer:
         """The engine is done with it; a client that reads slowly needs no slot."""
         assert self._head is not None
         self._is_ended = True
+        if self._witness is not None:
+            self._witness.ended(self._head.status, is_stream=self._head.is_stream)
         judge_by(self._head.status, self.permit)
         self.permit.finished()
         self.permit.life.detach(self)

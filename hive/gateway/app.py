@@ -21,12 +21,15 @@ from hive.gateway import problems
 from hive.gateway.admin import Admin, MetricsText
 from hive.gateway.answer import ClientLeft
 from hive.gateway.auth import Doorkeeper
+from hive.gateway.health import Health
 from hive.gateway.inference import Inference
 from hive.gateway.line import sent
 from hive.gateway.listener import Entrance
 from hive.gateway.stream import EventStream
 from hive.gateway.traffic import Passage, Traffic
+from hive.gateway.windows import WindowsApi
 from hive.settings import Settings
+from hive.windows.keeping import Keeping
 from hive.workers.admission import DRAINING_HINT_S
 from hive.workers.fleet import Fleet
 from hive.workers.ledger import Ledger
@@ -47,16 +50,21 @@ class Gateway:
         announcer: Announcer,
         metrics: MetricsText,
         drain: Callable[[], None],
+        keeping: Keeping | None = None,
     ) -> None:
-        """`drain` is what a SIGTERM does."""
+        """`drain` is what a SIGTERM does; `keeping` is there where a model has windows."""
         self._doorkeeper = Doorkeeper(settings.auth.keys)
         self._traffic = Traffic(announcer)
         stream = EventStream()
         announcer.listen(stream.hear, deaf_to=COUNTED)
         self._admin = Admin(fleet, devices, ledger, self._traffic, stream, metrics, drain)
-        self._inference = Inference(settings, fleet, announcer)
+        sessions = keeping.sessions if keeping else None
+        self._inference = Inference(settings, fleet, announcer, sessions)
         self.app = web.Application(middlewares=[self._answer])
         self.app.add_routes([*self._admin.routes(), *self._inference.routes()])
+        self.app.add_routes(Health(fleet, devices, ledger, keeping).routes())
+        if keeping is not None:
+            self.app.add_routes(WindowsApi(keeping.sessions, keeping.windows).routes())
 
     def entrance(self, routed: Entrance) -> Entrance:
         """What every request meets first: inference goes past aiohttp's routing, the rest there."""

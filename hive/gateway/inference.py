@@ -14,6 +14,7 @@ from hive.errors import (
     NotFound,
     RateLimited,
     RequestTimeout,
+    SessionNotFound,
     ValidationFailed,
 )
 from hive.events import Announcer, RequestAdmitted, RequestExpired
@@ -25,10 +26,12 @@ from hive.gateway.clock import Clock
 from hive.gateway.relay import Relay, Unanswered
 from hive.gateway.retrying import Retries
 from hive.gateway.traffic import Passage
+from hive.policy import conversations
 from hive.policy.admission import Ticket
 from hive.policy.deadlines import Deadline, Due, Limits, Phase
 from hive.policy.quota import Quota
 from hive.settings import Settings
+from hive.windows.sessions import Sessions, Visit
 from hive.workers.admission import Door, Permit
 from hive.workers.fleet import Fleet
 
@@ -42,7 +45,15 @@ _REMEMBERED = 10_000  # responses whose worker is known
 class Inference:
     """Handlers of the OpenAI surface; everything that is not routing is the engine's."""
 
-    def __init__(self, settings: Settings, fleet: Fleet, announcer: Announcer) -> None:
+    def __init__(
+        self,
+        settings: Settings,
+        fleet: Fleet,
+        announcer: Announcer,
+        sessions: Sessions | None = None,
+    ) -> None:
+        """`sessions` there are only where a model has windows."""
+        self._sessions = sessions
         self._settings = settings
         self._fleet = fleet
         self._announcer = announcer
@@ -107,6 +118,7 @@ class Inference:
         quota = self._taken(request["caller"])
         try:
             own_s = wishes.own_limit_s(request.headers, passage.began)
+            visit: Visit | None = None
             body = await self._intake.receive(request, passage, own_s, is_known=pinned is not None)
             try:
                 passage.bytes_in = len(body.data)
@@ -120,6 +132,8 @@ class Inference:
                     await self._intake.hold(body, passage)
                     passage.bytes_in = len(body.data)
                 ticket = self._ticket(request, pinned)
+                if ticket.session is not None:
+                    visit = await self._visit(request, ticket.session, asked.model, body)
                 clock = passage.clock = self._clock(passage, asked, door, own_s)
                 attempt = functools.partial(
                     self._attempt, request, body, asked, door, passage, clock
@@ -133,8 +147,32 @@ class Inference:
                     return await retries.after(failure, attempt)
             finally:
                 body.end()
+                if visit is not None:
+                    visit.leave()
         finally:
             quota.give_back()
+
+    async def _visit(self, request: web.Request, session_id: str, model: str, body: Body) -> Visit:
+        """The session that a request belongs to: its salt goes into the body, its answer is heard.
+
+        Raises SessionNotFound, SessionNotActive, InvalidParameter; the visit must be left.
+        """
+        if self._sessions is None:
+            raise SessionNotFound(f"Session not found: {session_id}")
+        caller: Caller = request["caller"]
+        passage: Passage = request["passage"]
+        kind = conversations.kind_of(request.path)
+        data = body.data
+        visit = await self._sessions.enter(session_id, caller.name or "", model, kind, data)
+        try:
+            salted = conversations.salted(data, visit.session.salt, kind)
+            body.grows(len(salted) - len(data))
+            body.data = salted
+        except BaseException:
+            visit.leave()
+            raise
+        passage.witness = visit
+        return visit
 
     def _taken(self, caller: Caller) -> Quota:
         """Count a request against its key. Raises RateLimited, for this key alone (C12)."""

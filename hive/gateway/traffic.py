@@ -8,7 +8,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any, Self
+from typing import Any, Protocol, Self
 
 from aiohttp import web
 
@@ -21,6 +21,19 @@ _ID = re.compile(r"[A-Za-z0-9._-]{1,128}\Z")
 ABORTED = 499  # the client left; never sent, only logged
 REMEMBERED_S = 600.0  # how long an ended request is known to DELETE …
 REMEMBERED = 100_000  # … and how many of them at most
+
+
+class Witness(Protocol):
+    """Who hears what is answered, as it is answered."""
+
+    def begins(self) -> None:
+        """An answer begins; of an earlier attempt nothing counts."""
+
+    def heard(self, part: bytes) -> None:
+        """A part of the body, without its framing."""
+
+    def ended(self, status: int, *, is_stream: bool) -> None:
+        """The answer is whole; its client has perhaps got the end of it at this moment."""
 
 
 @dataclass(slots=True)
@@ -46,6 +59,7 @@ class Passage:
     # While the client reads nothing: whether it has read since this was asked last.
     has_read: Callable[[], bool] | None = None
     is_uploading: bool = False  # hive waits for more of its body, with an engine at hand
+    witness: Witness | None = None  # who is to hear the whole answer: its session
     blamed: set[str] = field(default_factory=set)  # workers that failed it
     _traffic: "Traffic | None" = None  # that it is in, until it ends
 

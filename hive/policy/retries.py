@@ -33,6 +33,9 @@ def _doubling(first: float, count: int, cap: float = 3600.0) -> tuple[float, ...
 RETRIES = {
     # To a worker's engine: transport errors before the first byte of an answer (R001-R003).
     "network": RetryPolicy(5, _doubling(1.0, 5), jitter_s=1.0),
+    # Files of windows (R089, R090, R101): a block that a freeze needs, and everything else.
+    "block_write": RetryPolicy(8, _doubling(1.0, 7, cap=10.0)),
+    "storage": RetryPolicy(3, _doubling(1.0, 2, cap=10.0)),
     # The command line to the daemon, which may be starting just now (EC1, EH-002a).
     "connect": RetryPolicy(3, (0.2, 0.4)),
 }

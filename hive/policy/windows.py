@@ -7,6 +7,7 @@ are those of LMCache 0.5.6's file tier (docs/engines.md), where a block is one f
 
 import struct
 from collections.abc import Sequence
+from dataclasses import dataclass, fields
 from enum import StrEnum
 from typing import NamedTuple
 
@@ -46,6 +47,29 @@ NEXT: dict[SessionState, frozenset[SessionState]] = {
     SessionState.EXPIRED: frozenset({SessionState.DELETED}),
     SessionState.DELETED: frozenset(),
 }
+
+
+@dataclass(frozen=True, slots=True)
+class Identity:
+    """Of a model as an engine computes with it. KV blocks of one are of no use to another.
+
+    `path` and `revision` say where its files were; moved, they are still the same model.
+    """
+
+    path: str
+    revision: str  # of the hub that it was downloaded from, empty where that is not known
+    weights: str  # a fingerprint of its files
+    dtype: str
+    kv_dtype: str
+    tensor_parallel_size: int
+    chunk_tokens: int
+    block_size: int
+    engine_version: str
+
+    def differs_in(self, other: "Identity") -> list[str]:
+        """The names of the fields that forbid the use of one's blocks by the other."""
+        told = (field.name for field in fields(self) if field.name not in ("path", "revision"))
+        return [name for name in told if getattr(self, name) != getattr(other, name)]
 
 
 class Shape(NamedTuple):
@@ -104,6 +128,16 @@ def block_names(shape: Shape, chunk_hash: bytes, salt: str) -> list[str]:
     if len(names[0].encode()) > MOST_NAME:
         raise ValueError(f"the model's path makes file names of more than {MOST_NAME} bytes")
     return names
+
+
+def shared_prefix(rendered: Sequence[Sequence[int]]) -> list[int]:
+    """The tokens that all of them begin with."""
+    shared: list[int] = []
+    for tokens in zip(*rendered, strict=False):
+        if any(token != tokens[0] for token in tokens):
+            break
+        shared.append(tokens[0])
+    return shared
 
 
 def usable(found: Sequence[bool], chunk_tokens: int) -> Usable:

@@ -6,20 +6,34 @@ what is after, never a mixture (R106, R107); what a window's *files* are is not 
 
 import asyncio
 import contextlib
+import functools
+import inspect
 import logging
 import os
 import sqlite3
 import time
-from collections.abc import AsyncIterator, Iterator, Mapping
+from collections.abc import AsyncIterator, Callable, Collection, Coroutine, Iterator, Mapping
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, ParamSpec, TypeVar
 
 from alembic import command
 from alembic.config import Config
 from alembic.util import CommandError
-from sqlalchemy import Connection, RowMapping, Select, delete, event, func, insert, select, update
+from sqlalchemy import (
+    Connection,
+    RowMapping,
+    Select,
+    and_,
+    delete,
+    event,
+    func,
+    insert,
+    or_,
+    select,
+    update,
+)
 from sqlalchemy.exc import DatabaseError, IntegrityError, OperationalError
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_engine
 
@@ -35,8 +49,11 @@ from hive.policy.windows import NEXT, SessionState, WindowState
 from hive.storage.tables import sessions, windows
 
 log = logging.getLogger(__name__)
+P = ParamSpec("P")
+T = TypeVar("T")
 
 FILE = "catalogue.db"
+CONNECTIONS = 4  # each has a thread; readers do not wait for the one that writes
 BUSY_S = 5.0  # for another connection's change to be over
 MOST_PAGE = 1000
 _COMPANIONS = ("-wal", "-shm")
@@ -93,6 +110,33 @@ class Window:
     parent_id: str | None = None  # that it was cloned from
 
 
+def _to_the_end(call: Callable[P, Coroutine[Any, Any, T]]) -> Callable[P, Coroutine[Any, Any, T]]:
+    """A call that was begun is finished, though who made it is cancelled meanwhile.
+
+    A connection that is let go in the middle keeps its transaction, and everybody else waiting.
+    """
+
+    @functools.wraps(call)
+    async def whole(*args: P.args, **kwargs: P.kwargs) -> T:
+        doing = asyncio.ensure_future(call(*args, **kwargs))
+        try:
+            return await asyncio.shield(doing)
+        except asyncio.CancelledError:
+            await asyncio.wait({doing})
+            doing.exception()  # nobody is there to be told
+            raise
+
+    return whole
+
+
+def _all_to_the_end(cls: type["Catalogue"]) -> type["Catalogue"]:
+    for name, call in list(vars(cls).items()):
+        if inspect.iscoroutinefunction(call) and not name.startswith("_"):
+            setattr(cls, name, _to_the_end(call))
+    return cls
+
+
+@_all_to_the_end
 class Catalogue:
     """Made by `opened`. Every call raises StoreUnreachable where the database does not answer.
 
@@ -155,15 +199,33 @@ class Catalogue:
         async with self._changing() as connection:
             return (await connection.execute(changed)).rowcount == 1
 
-    async def expire(self, unused_since: float) -> int:
-        """ACTIVE sessions that were not used since then are EXPIRED now; how many."""
-        changed = (
-            update(sessions)
-            .where(sessions.c.state == SessionState.ACTIVE, sessions.c.used_at < unused_since)
-            .values(state=SessionState.EXPIRED)
+    async def expire(self, unused_since: float, but: Collection[str] = ()) -> int:
+        """Sessions that were not used since then go, `but` some: how many ACTIVE ones are EXPIRED now.
+
+        Those that nobody can use any more are forgotten: expired as long ago again, thawed and never
+        used, frozen into a window that was deleted.
+        """
+        is_idle = and_(sessions.c.used_at < unused_since, sessions.c.id.not_in(but))
+        long_ago = unused_since - (time.time() - unused_since)
+        useless = or_(
+            and_(sessions.c.state == SessionState.EXPIRED, sessions.c.used_at < long_ago),
+            sessions.c.state == SessionState.THAWED,
+            and_(sessions.c.state == SessionState.FROZEN, sessions.c.window_id.is_(None)),
         )
+        changed = update(sessions).where(is_idle, sessions.c.state == SessionState.ACTIVE)
         async with self._changing() as connection:
-            return (await connection.execute(changed)).rowcount
+            await connection.execute(delete(sessions).where(is_idle, useless))
+            return (await connection.execute(changed.values(state=SessionState.EXPIRED))).rowcount
+
+    async def session_count(self, owner: str) -> int:
+        wanted = select(func.count()).select_from(sessions).where(sessions.c.owner == owner)
+        async with self._looking() as connection:
+            return int((await connection.execute(wanted)).scalar_one())
+
+    async def remove_session(self, session_id: str) -> None:
+        """It is not found any more. Removing it again does nothing."""
+        async with self._changing() as connection:
+            await connection.execute(delete(sessions).where(sessions.c.id == session_id))
 
     # ── windows ─────────────────────────────────────────────────────────────────────────────────
 
@@ -225,6 +287,7 @@ class Catalogue:
         state: WindowState | None = WindowState.FROZEN,
         sort: Sort = "created_at",
         is_descending: bool = True,
+        tag: str | None = None,
         begin: int = 0,
         most: int = MOST_PAGE,
     ) -> list[Window]:
@@ -232,9 +295,38 @@ class Catalogue:
         column = windows.c[sort]
         order = column.desc() if is_descending else column.asc()
         wanted = _fitting(select(windows), owner, name, model, session_id, state)
+        if tag is not None:
+            each = func.json_each(windows.c.tags).table_valued("value")
+            wanted = wanted.where(select(each.c.value).where(each.c.value == tag).exists())
         wanted = wanted.order_by(order, windows.c.id).offset(begin).limit(most)
         async with self._looking() as connection:
             return [_window(row) for row in (await connection.execute(wanted)).mappings()]
+
+    async def window_by_id(self, window_id: str) -> Window | None:
+        wanted = select(windows).where(windows.c.id == window_id)
+        async with self._looking() as connection:
+            row = (await connection.execute(wanted)).mappings().first()
+        return _window(row) if row else None
+
+    async def has_window(self, name: str, owner: str) -> bool:
+        """Whether the name is taken, by a half-made window, too."""
+        return bool(await self.windows(owner, name=name, state=None, most=1))
+
+    async def lineage(self, window: Window) -> tuple[list[str], list[str]]:
+        """The names of what it was cloned from, the nearest first, and of what was cloned from it."""
+        ancestors: list[str] = []
+        async with self._looking() as connection:
+            parent = window.parent_id
+            while parent is not None and len(ancestors) < MOST_PAGE:
+                wanted = select(windows.c.name, windows.c.parent_id).where(windows.c.id == parent)
+                row = (await connection.execute(wanted)).first()
+                if row is None:  # it was deleted
+                    break
+                ancestors.append(row.name)
+                parent = row.parent_id
+            of_it = select(windows.c.name).where(windows.c.parent_id == window.id)
+            rows = await connection.execute(of_it.order_by(windows.c.name).limit(MOST_PAGE))
+            return ancestors, [row.name for row in rows]
 
     async def usage(self, owner: str | None) -> tuple[int, int]:
         """How many windows there are, half-made ones too, and their bytes."""
@@ -245,10 +337,33 @@ class Catalogue:
             count, size = (await connection.execute(wanted)).one()
         return int(count), int(size)
 
+    async def counts(self) -> dict[WindowState, int]:
+        """How many windows there are in each state."""
+        wanted = select(windows.c.state, func.count()).group_by(windows.c.state)
+        async with self._looking() as connection:
+            told = {row[0]: int(row[1]) for row in await connection.execute(wanted)}
+        return {state: told.get(state, 0) for state in WindowState}
+
+    async def note_bytes(self, window_id: str, size: int) -> None:
+        """It was repaired, and its blocks may have another size."""
+        changed = update(windows).where(windows.c.id == window_id).values(bytes=size)
+        async with self._changing() as connection:
+            await connection.execute(changed)
+
     async def note_receipt(self, window_id: str, receipt: Mapping[str, Any]) -> None:
         changed = update(windows).where(windows.c.id == window_id).values(receipt=dict(receipt))
         async with self._changing() as connection:
             await connection.execute(changed)
+
+    async def note_proof(self, window_id: str, session_id: str, cached_tokens: int) -> None:
+        """Beside what the last thaw, into that session, has promised: what the engine found."""
+        async with self._changing() as connection:
+            wanted = select(windows.c.receipt).where(windows.c.id == window_id)
+            receipt = (await connection.execute(wanted)).scalar()
+            if receipt and receipt.get("session_id") == session_id:
+                proved = {**receipt, "cached_tokens": cached_tokens}
+                changed = update(windows).where(windows.c.id == window_id)
+                await connection.execute(changed.values(receipt=proved))
 
     async def begin_removal(self, window_id: str) -> None:
         """From now on it is not found; its files may go."""
@@ -292,13 +407,21 @@ async def opened(directory: Path) -> AsyncIterator[Catalogue]:
         set_aside = await asyncio.to_thread(_set_aside, file)
         log.error("the catalogue is broken (%s) and was set aside as %s", broken, set_aside.name)
     os.close(os.open(file, os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600))
-    engine = create_async_engine(f"sqlite+aiosqlite:///{file}")
+    engine = create_async_engine(
+        f"sqlite+aiosqlite:///{file}",
+        pool_size=CONNECTIONS,
+        max_overflow=0,
+        hide_parameters=True,  # what was said, and salts, are in no error's text
+    )
     event.listen(engine.sync_engine, "connect", _connected)
     event.listen(engine.sync_engine, "begin", _begun)
     try:
         with _reached():
             async with engine.begin() as connection:
                 await connection.run_sync(_upgraded)
+            async with contextlib.AsyncExitStack() as all_of_them:
+                for _ in range(CONNECTIONS):  # hive's descriptors are the same from here on
+                    await all_of_them.enter_async_context(engine.connect())
         yield Catalogue(engine, set_aside)
     finally:
         await engine.dispose()
@@ -313,6 +436,8 @@ def _connected(connection: Any, _record: object) -> None:
 
 
 def _begun(connection: Connection) -> None:
+    if connection.get_execution_options().get("isolation_level") == "AUTOCOMMIT":
+        return  # a reader waits for nobody, and nobody for it
     # A reader that turns into a writer could find that another one was first, and would fail.
     connection.exec_driver_sql("BEGIN IMMEDIATE")
 

@@ -30,8 +30,11 @@ from hive.events import (
     LeakFound,
     RequestEnded,
     RequestRetried,
+    SessionMoved,
     StrangerSeen,
+    ThawProved,
     VramChecked,
+    WindowOperationEnded,
     WorkerEnded,
     WorkerExited,
     WorkerMoved,
@@ -230,6 +233,8 @@ def configure(level: str = "info", fd: int = STDERR) -> Writer:
         )
     )
     logging.getLogger("aiohttp.server").addFilter(_bad_http)
+    # A line for each start says nothing; what it does to the catalogue is told as an error.
+    logging.getLogger("alembic").setLevel(logging.WARNING)
     root = logging.getLogger()
     root.handlers = [handler]
     set_level(level)
@@ -287,6 +292,38 @@ def _write_of_devices(log: Any, event: Event) -> None:
             log.error("leak", **asdict(event))
         case LeakCleared():
             log.info("leak cleared", **asdict(event))
+        case _:
+            _write_of_windows(log, event)
+
+
+def _write_of_windows(log: Any, event: Event) -> None:
+    match event:
+        case SessionMoved():
+            log.info("session moved", **asdict(event))
+        case ThawProved():
+            is_proved = event.cached_tokens >= event.promised_tokens
+            level = logging.INFO if is_proved else logging.WARNING
+            log.log(level, "thaw proved" if is_proved else "thaw not proved", **asdict(event))
+        case WindowOperationEnded():
+            _write_operation(log, event)
+
+
+def _write_operation(log: Any, event: WindowOperationEnded) -> None:
+    """R115: the same fields for all of them; a failure at its error's own level (R113)."""
+    facts: dict[str, Any] = {
+        "operation": event.operation,
+        "session_id": event.session,
+        "window_name": event.window,
+        "model": event.model,
+        "duration_ms": round(event.seconds * 1000, 1),
+    }
+    if event.code:
+        error = by_code(event.code)
+        level = _LEVELS[error.level if error else "error"]
+        log.log(level, "window operation failed", **facts, error_code=event.code)
+    else:
+        done = {"blocks_stored": event.blocks, "bytes": event.bytes}
+        log.info("window operation done", **facts, **done)
 
 
 _XID_LEVELS = {"device": logging.ERROR, "application": logging.WARNING, "note": logging.WARNING}

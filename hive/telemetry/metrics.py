@@ -25,7 +25,10 @@ from hive.events import (
     RequestRefused,
     RequestRetried,
     RetriesEnded,
+    ThawProved,
     VramChecked,
+    WindowOperationEnded,
+    WindowsCounted,
     WorkerEnded,
     WorkerExited,
     WorkerMoved,
@@ -34,6 +37,7 @@ from hive.events import (
     XidSeen,
 )
 from hive.policy.lifecycle import State
+from hive.policy.windows import WindowState
 from hive.workers.leftovers import KINDS
 
 LAG_S = 0.5  # how often the event loop's lag is measured
@@ -41,6 +45,7 @@ _SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 25, 60, 120
 _LAG = (0.001, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 5)
 
 
+OPERATIONS = ("freeze", "thaw", "clone", "delete", "verify", "repair")
 _BREAKER = {"closed": 0, "half_open": 1, "open": 2}
 
 
@@ -229,6 +234,7 @@ class Metrics:
         self.leaks = Counter(
             "hive_leaks", "What workers did not give back, by kind.", ["kind"], registry=r
         )
+        self._register_windows()
         for device in devices:
             self._set_device_state(device, Condition.OK)
             for outcome in Receipt:
@@ -248,6 +254,36 @@ class Metrics:
         for model, room in (rooms or {}).items():
             self._of(self.in_flight, model).set_function(partial(getattr, room, "in_flight"))
             self._of(self.waiting, model).set_function(partial(getattr, room, "waiting"))
+
+    def _register_windows(self) -> None:
+        r = self.registry
+        self.windows = Gauge("hive_windows", "Context windows, by state.", ["state"], registry=r)
+        self.window_s = Histogram(
+            "hive_window_operation_seconds",
+            "What was done with a window: freeze, thaw, verify, repair, clone, delete; seconds.",
+            ["operation"],
+            buckets=_SECONDS,
+            registry=r,
+        )
+        self.window_failures = Counter(
+            "hive_window_failures",
+            "What was done with a window and failed, by the error's code.",
+            ["operation", "code"],
+            registry=r,
+        )
+        self.thaw_tokens = Counter(
+            "hive_thaw_tokens",
+            "Tokens of thawed windows: promised by the receipt, and cached by the engine's own "
+            "count at the next request.",
+            ["kind"],
+            registry=r,
+        )
+        for state in WindowState:
+            self._of(self.windows, str(state))
+        for operation in OPERATIONS:
+            self._of(self.window_s, operation)
+        for kind in ("promised", "cached"):
+            self._of(self.thaw_tokens, kind)
 
     def _of(self, metric: M, *labels: str) -> M:
         """One series of a metric; looked up by hive, which is a tenth of what the library needs."""
@@ -319,6 +355,20 @@ class Metrics:
                 self._of(self.vram_receipts, event.device, event.outcome).inc()
             case LeakFound():
                 self._of(self.leaks, event.kind).inc()
+            case _:
+                self._hear_of_windows(event)
+
+    def _hear_of_windows(self, event: Event) -> None:
+        match event:
+            case WindowsCounted():
+                self._of(self.windows, event.state).set(event.count)
+            case WindowOperationEnded():
+                self._of(self.window_s, event.operation).observe(event.seconds)
+                if event.code:
+                    self._of(self.window_failures, event.operation, event.code).inc()
+            case ThawProved():
+                self._of(self.thaw_tokens, "promised").inc(event.promised_tokens)
+                self._of(self.thaw_tokens, "cached").inc(event.cached_tokens)
 
     def _count(self, event: RequestEnded) -> None:
         model = event.model or ""  # refused before a model was known

@@ -39,7 +39,10 @@ def stop_s(settings: Settings) -> float:
     """Longest time that a clean stop takes, seconds; TimeoutStopSec= is this for the defaults."""
     limits = [settings.timeouts_of(model) for model in settings.models.values()]
     longest = max(one.cleanup_s + one.kill_s for one in limits or [settings.timeouts])
-    return settings.server.drain_s + longest + STOP_MARGIN_S
+    # The LMCache server ends after the engines that use it.
+    has_cache = any(model.windows for model in settings.models.values())
+    own = settings.timeouts.cleanup_s + settings.timeouts.kill_s if has_cache else 0.0
+    return settings.server.drain_s + longest + own + STOP_MARGIN_S
 
 
 class Notifier:

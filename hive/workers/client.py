@@ -1,10 +1,11 @@
-"""hive's own small requests to an engine: health, probes, metrics; each with a deadline."""
+"""hive's own requests to an engine: health, probes, metrics, small work; each with a deadline."""
 
 import asyncio
 from pathlib import Path
 from typing import Any, Self
 
 import aiohttp
+from yarl import URL
 
 HEALTH_S = 2.0  # an engine that is up answers its health check at once
 PROBE_S = 60.0  # a first token may still compile kernels
@@ -15,14 +16,19 @@ class ProbeFailed(Exception):
 
 
 class EngineClient:
-    """Requests over the worker's unix socket; close it with `async with` or `close`."""
+    """Requests over the worker's unix socket, or to `address` (http://HOST:PORT) where that is told.
 
-    def __init__(self, socket: Path, model: str) -> None:
+    Close it with `async with` or `close`.
+    """
+
+    def __init__(self, socket: Path, model: str, address: str | None = None) -> None:
         self.model = model
-        self._socket = socket
+        self._socket, self._address = socket, address
         self._session = aiohttp.ClientSession(
-            base_url="http://engine",
-            connector=aiohttp.UnixConnector(str(socket), force_close=True),
+            base_url=address or "http://engine",
+            connector=aiohttp.TCPConnector(force_close=True)
+            if address
+            else aiohttp.UnixConnector(str(socket), force_close=True),
             timeout=aiohttp.ClientTimeout(total=PROBE_S),
             skip_auto_headers=("User-Agent",),
         )
@@ -48,7 +54,11 @@ class EngineClient:
         """Whether anybody takes connections; who is merely slow or full does."""
         try:
             async with asyncio.timeout(HEALTH_S):
-                _, writer = await asyncio.open_unix_connection(self._socket)
+                if self._address:
+                    url = URL(self._address)
+                    _, writer = await asyncio.open_connection(url.host, url.port)
+                else:
+                    _, writer = await asyncio.open_unix_connection(self._socket)
         except (FileNotFoundError, ConnectionRefusedError):
             return False
         except (OSError, TimeoutError):
@@ -56,10 +66,13 @@ class EngineClient:
         writer.close()
         return True
 
-    async def ask(self, method: str, path: str, body: Any = None) -> tuple[int, bytes]:
+    async def ask(
+        self, method: str, path: str, body: Any = None, within_s: float = PROBE_S
+    ) -> tuple[int, bytes]:
         """One request with JSON: status and raw answer. Raises ProbeFailed when it breaks off."""
+        limit = aiohttp.ClientTimeout(total=within_s)
         try:
-            async with self._session.request(method, path, json=body) as answer:
+            async with self._session.request(method, path, json=body, timeout=limit) as answer:
                 return answer.status, await answer.read()
         except (OSError, TimeoutError, asyncio.IncompleteReadError, aiohttp.ClientError) as exc:
             raise ProbeFailed(f"{method} {path}: {type(exc).__name__}") from exc

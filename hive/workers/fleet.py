@@ -1,7 +1,14 @@
-"""All workers of this daemon: made from the settings, started together, stopped together."""
+"""All workers of this daemon: made from the settings, started together, stopped together.
+
+The LMCache server, where a model needs it, is a worker, too: it is started before the engines that
+use it and stopped after them. An engine does not find a server again that was started anew, so it
+is restarted itself when it is idle; until then its cache is lost (LMCache #4642).
+"""
 
 import asyncio
+import contextlib
 import itertools
+import logging
 import os
 import time
 from collections.abc import AsyncIterator, Iterator
@@ -13,8 +20,10 @@ from hive.devices.watch import Devices, Watched
 from hive.errors import (
     Conflict,
     HiveError,
+    KvServerUnreachable,
     ModelNotFound,
     NotFound,
+    ServiceUnavailable,
 )
 from hive.events import Announcer
 from hive.policy.lifecycle import AT_REST, State
@@ -24,14 +33,20 @@ from hive.workers import guard, preflight
 from hive.workers.admission import Door
 from hive.workers.command import CommandEngine
 from hive.workers.ledger import Ledger
+from hive.workers.lmcache import ID as CACHE
+from hive.workers.lmcache import KvServer
 from hive.workers.ports import Engine
 from hive.workers.process import Place
+from hive.workers.site import Site, site_of
 from hive.workers.vllm import VllmEngine
 from hive.workers.worker import Worker, WorkerPlan
 
+log = logging.getLogger(__name__)
 
-def engine_of(name: str, model: Model) -> Engine:
-    return VllmEngine(name, model) if model.engine == "vllm" else CommandEngine(name, model)
+
+def engine_of(name: str, model: Model, kv: Site | None) -> Engine:
+    kind = VllmEngine if model.engine == "vllm" else CommandEngine
+    return kind(name, model, kv)
 
 
 class Fleet:
@@ -59,6 +74,17 @@ class Fleet:
         self._of_model: dict[str, list[Worker]] = {}
         self.is_draining = False
         self.made_at = int(time.time())
+        self.site = site_of(settings)
+        self.cache: Worker | None = None  # the LMCache server
+        self._cache_moved = asyncio.Event()
+        restarts = settings.restarts
+        self._policy = RestartPolicy(
+            restarts.starts, restarts.window_s, restarts.backoff_s, restarts.backoff_max_s
+        )
+        if self.site is not None:
+            plan = self._plan_of_cache(self.site)
+            self.cache = Worker(plan, self._new_place, announcer, devices, ledger)
+            self.cache.on_move = lambda _: self._cache_moved.set()
         for plan in self._plans():
             worker = Worker(plan, self._new_place, announcer, devices, ledger)
             self.workers[plan.id] = worker
@@ -77,10 +103,6 @@ class Fleet:
 
     def _plans(self) -> Iterator[WorkerPlan]:
         settings = self._settings
-        restarts = settings.restarts
-        policy = RestartPolicy(
-            restarts.starts, restarts.window_s, restarts.backoff_s, restarts.backoff_max_s
-        )
         for name, model in settings.models.items():
             for number, devices in enumerate(model.workers):
                 worker_id = f"{name}-{number}"
@@ -90,14 +112,30 @@ class Fleet:
                     model=name,
                     devices=devices,
                     visible=visible or None,
-                    engine=engine_of(name, model),
+                    engine=engine_of(name, model, self.site),
                     timeouts=settings.timeouts_of(model),
-                    restarts=policy,
+                    restarts=self._policy,
                     drain_s=settings.server.drain_s,
                     log=settings.server.state_dir / "logs" / f"{worker_id}.log",
                     preflight=partial(preflight.before_start, settings, name, devices),
                     alternatives=model.alternatives,
+                    beside=self._cache_ready if model.windows else None,
                 )
+
+    def _plan_of_cache(self, site: Site) -> WorkerPlan:
+        settings = self._settings
+        return WorkerPlan(
+            id=CACHE,
+            model="",
+            devices=("cpu",),
+            visible=None,
+            engine=KvServer(settings, site),
+            timeouts=settings.timeouts,
+            restarts=self._policy,
+            drain_s=0,
+            log=settings.server.state_dir / "logs" / f"{CACHE}.log",
+            preflight=lambda _: preflight.before_cache(settings),
+        )
 
     def _new_place(self, log: Path) -> Place:
         homes = self._settings.server.runtime_dir / "w"
@@ -115,8 +153,11 @@ class Fleet:
         async with asyncio.TaskGroup() as tasks:
             running = [
                 tasks.create_task(worker.run(), name=f"worker:{worker.id}")
-                for worker in self.workers.values()
+                for worker in self.everyone()
             ]
+            if self.cache is not None:
+                name = "restart engines whose cache is lost"
+                running.append(tasks.create_task(self._renewing(), name=name))
             try:
                 yield
             finally:
@@ -129,7 +170,7 @@ class Fleet:
 
     async def start(self) -> None:
         async with asyncio.TaskGroup() as tasks:
-            for worker in self.workers.values():
+            for worker in self.everyone():
                 tasks.create_task(worker.start(), name=f"start:{worker.id}")
 
     async def stop(self, *, drain: bool) -> None:
@@ -144,14 +185,87 @@ class Fleet:
         async with asyncio.TaskGroup() as tasks:
             for worker in self.workers.values():
                 tasks.create_task(end(worker), name=f"stop:{worker.id}")
+        if self.cache is not None:  # an engine that ends stores what it still has
+            await end(self.cache)
 
     def refuse(self) -> None:
         """Take no new requests from now on, send away whoever waits, start nothing any more."""
         self.is_draining = True
         for door in self.doors.values():
             door.shut()
-        for worker in self.workers.values():
+        for worker in self.everyone():
             worker.retire()
+
+    def everyone(self) -> list[Worker]:
+        """The workers of all models, and the LMCache server before them."""
+        return [*([self.cache] if self.cache else []), *self.workers.values()]
+
+    # ── the LMCache server ──────────────────────────────────────────────────────────────────────
+
+    async def _cache_ready(self) -> int:
+        """Wait for the LMCache server; which start of it that is.
+
+        Raises KvServerUnreachable while it will not come up by itself.
+        """
+        assert self.cache is not None
+        while self.cache.state is not State.READY:
+            is_yet_to_start = self.cache.state is State.STOPPED and not self.cache.counts.starts
+            if self.cache.state in AT_REST and not is_yet_to_start:
+                raise KvServerUnreachable(
+                    f"The LMCache server is {self.cache.state}: {self.cache.reason}",
+                    action="See 'hive worker show lmcache'; 'hive worker start lmcache' starts it.",
+                )
+            self._cache_moved.clear()
+            await self._cache_moved.wait()
+        return self.cache.counts.starts
+
+    def has_cache(self, worker: Worker) -> bool:
+        """Whether what it computes is stored: the LMCache that it was started beside is there."""
+        cache, life = self.cache, worker.life
+        return (
+            cache is not None
+            and cache.state is State.READY
+            and life is not None
+            and life.cache_life == cache.counts.starts
+        )
+
+    def cache_view(self, worker: Worker) -> str | None:
+        """In a word, for operators: None for a worker without one."""
+        if worker.plan.beside is None:
+            return None
+        if worker.state is not State.READY:
+            return "none"
+        return "ok" if self.has_cache(worker) else "lost"
+
+    async def _renewing(self) -> None:
+        """Restart engines whose LMCache was started anew, each when it is idle, one at a time."""
+        assert self.cache is not None
+        while True:
+            self._cache_moved.clear()
+            if self.cache.state is State.READY:
+                for worker in self.workers.values():
+                    await self._renew(worker)
+            await self._cache_moved.wait()
+
+    async def _renew(self, worker: Worker) -> None:
+        while self.cache_view(worker) == "lost" and self.cache_is_up and not self.is_draining:
+            idle = asyncio.ensure_future(worker.wait_idle())
+            moved = asyncio.ensure_future(self._cache_moved.wait())
+            try:
+                await asyncio.wait({idle, moved}, return_when=asyncio.FIRST_COMPLETED)
+                if not idle.done():
+                    return  # it is going again: the next one is another
+            finally:
+                idle.cancel()
+                moved.cancel()
+            log.warning("worker %s is restarted: its LMCache was started anew", worker.id)
+            with contextlib.suppress(Conflict, ServiceUnavailable):  # somebody stopped it just now
+                await worker.restart()
+                await worker.wait_for(State.READY, *AT_REST)
+
+    @property
+    def cache_is_up(self) -> bool:
+        return self.cache is not None and self.cache.state is State.READY
 
     # ── devices ─────────────────────────────────────────────────────────────────────────────────
 
@@ -205,7 +319,7 @@ class Fleet:
         except OSError:  # nobody can look just now; what was seen before still counts
             everything = []
         found: set[int] = set()
-        for worker in self.workers.values():
+        for worker in self.everyone():
             if worker.life:
                 found |= worker.life.pids | worker.life.see_pids(everything)
         return found
@@ -225,10 +339,10 @@ class Fleet:
         return workers
 
     def worker(self, worker_id: str) -> Worker:
-        worker = self.workers.get(worker_id)
-        if worker is None:
-            raise NotFound("There is no such worker.", allowed=sorted(self.workers))
-        return worker
+        found = {worker.id: worker for worker in self.everyone()}
+        if worker_id not in found:
+            raise NotFound("There is no such worker.", allowed=sorted(found))
+        return found[worker_id]
 
     def door(self, model: str) -> Door:
         """Where requests for a model get a slot. Raises ModelNotFound."""

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from typing import Any, TypeGuard
 
 from hive.errors import ConfigInvalid, GpuVramExhausted
-from hive.settings import Model
+from hive.settings import Model, Settings
 from hive.workers.model_files import ModelFiles
 from hive.workers.process import LOG_BYTES, LOG_FILES
 
@@ -27,6 +27,7 @@ ACTIVATION_BYTES = 1 * GIB
 # Resident memory of the CPU build without weights and KV cache (docs/engines.md, Processes).
 SERVER_BYTES = 1200 * MIB  # API server and EngineCore
 WORKER_BYTES = 600 * MIB  # each Worker
+CACHE_SERVER_BYTES = 600 * MIB  # LMCache, without its chunks
 CPU_WEIGHTS = 1.2  # EH-004a
 CPU_KV_GIB = 1.0
 CPU_KV_VARIABLE = "VLLM_CPU_KVCACHE_SPACE"  # whole GiB; vLLM lets it win over the option
@@ -90,7 +91,8 @@ def argument(args: Sequence[str], *options: str) -> str | None:
     for at, part in enumerate(args):
         flag, has_value, value = part.partition("=")
         flag = flag.replace("_", "-")
-        if len(flag) > _AMBIGUOUS and any(option.startswith(flag) for option in options):
+        is_meant = len(flag) > _AMBIGUOUS and any(one.startswith(flag) for one in options)
+        if flag in options or is_meant:
             found = value if has_value else next(iter(args[at + 1 : at + 2]), None)
     return found
 
@@ -385,6 +387,12 @@ def ram_needed(model: Model, files: ModelFiles | None, devices: Sequence[str]) -
         return _added(kv, processes)
     weights = math.ceil(files.weights_bytes * CPU_WEIGHTS)
     return _added((f"weights × {CPU_WEIGHTS}", weights), kv, processes)  # noqa: RUF001 (as above)
+
+
+def cache_ram(settings: Settings) -> Need:
+    """Host memory of the LMCache server."""
+    chunks = int(settings.windows.kv_ram_gib * GIB)
+    return _added(("chunks", chunks), ("process", CACHE_SERVER_BYTES))
 
 
 def disk_needed(workers: int) -> dict[str, int]:

@@ -12,7 +12,7 @@ from hive.workers import guard
 from hive.workers.client import EngineClient
 from hive.workers.interrupt import Interrupt
 from hive.workers.ledger import Entry
-from hive.workers.process import Exit, Place, Tree
+from hive.workers.process import Exit, Launch, Place, Tree
 from hive.workers.pulse import Pulse
 from hive.workers.wire import Wires
 
@@ -31,12 +31,12 @@ class User(Protocol):
 class Life:
     """One start of a worker, from before the process to after the last member's end."""
 
-    def __init__(self, number: int, place: Place, model: str) -> None:
+    def __init__(self, number: int, place: Place, model: str, address: str | None = None) -> None:
         self.number = number
         self.place = place
         self.began = time.monotonic()
         self.tree: Tree | None = None
-        self.client = EngineClient(place.socket, model)
+        self.client = EngineClient(place.socket, model, address)
         # The data path's own connections; they end with this life.
         self.wires = Wires(place.socket)
         # Resolved when the engine's end has been heard *and* the worker's state says so.
@@ -47,6 +47,8 @@ class Life:
         self.entry: Entry | None = None  # in the ledger
         self.pids: set[int] = set()  # every process that it was ever seen to consist of
         self.pulse: Pulse | None = None  # from READY on
+        self.launch: Launch | None = None  # how it was started
+        self.cache_life = 0  # which start of the LMCache server it was started beside
         self._users: set[User] = set()
         self._is_closed = False
 

@@ -12,6 +12,7 @@ class Engine(Protocol):
     health_path: str
     has_gauges: bool  # it publishes vLLM's gauges of what runs and waits
     computing: tuple[str, ...]  # beginnings of the names of the processes that compute, if known
+    address: str | None  # http://HOST:PORT where it does not listen on the socket of its place
 
     def launch(
         self, place: Place, devices: tuple[str, ...], visible: str | None, total_bytes: int

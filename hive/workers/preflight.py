@@ -5,6 +5,7 @@ All problems are collected; `hive check` prints them, `hive serve` stops on them
 
 import json
 import os
+import secrets
 import shutil
 import threading
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
@@ -24,19 +25,22 @@ from hive.errors import (
 )
 from hive.policy.visible import visible
 from hive.settings import Model, Settings
-from hive.workers import directories, guard
+from hive.workers import directories, guard, lmcache
 from hive.workers.asking import ask
 from hive.workers.footprint import (
     GIB,
     MIB,
+    cache_ram,
     check_context,
     disk_needed,
     ram_needed,
     vram_error,
     vram_needed,
 )
-from hive.workers.host import available_ram, check_disk, check_ram
+from hive.workers.host import available_ram, check_disk, check_ram, why
+from hive.workers.identity import block_size_of, check_names
 from hive.workers.model_files import ModelFiles
+from hive.workers.site import TIER, WINDOWS
 from hive.workers.vllm import files_of, on_cuda, python_of
 
 VERSIONS_S = 60.0
@@ -132,6 +136,82 @@ def before_start(
     for finding in _check_disks(settings, workers=1):
         if finding.error:
             raise finding.error
+
+
+def before_cache(settings: Settings) -> None:
+    """What the LMCache server needs, right before its start; blocking. Raises as `check` finds."""
+    for finding in _check_cache(settings):
+        if finding.error:
+            raise finding.error
+    # What an LMCache that was killed had not written whole, and never looks at again.
+    for unfinished in (settings.server.state_dir / TIER / lmcache.TEMPORARY).iterdir():
+        unfinished.unlink(missing_ok=True)
+    need = cache_ram(settings)
+    if too_little_ram := check_ram([("LMCache", need)], available_ram()):
+        raise too_little_ram
+
+
+def _check_cache(settings: Settings) -> Iterator[Finding]:
+    """The LMCache server's program, and room for its files where windows can share them."""
+    subject, state = "LMCache", settings.server.state_dir
+    try:
+        program = lmcache.program_of(settings)
+        for name, model in settings.models.items():
+            for devices in model.workers if model.windows else ():
+                block_size_of(name, model, devices, settings.windows.kv_chunk_tokens)
+                check_names(state, len(devices))
+                _check_is_local(name, model)
+        yield Finding(subject, " ".join(program))
+    except HiveError as exc:
+        yield Finding(subject, exc.message, exc)
+    try:
+        used = _prepare_tier(state)
+    except HiveError as exc:
+        yield Finding(f"{subject}: files", exc.message, exc)
+        return
+    except OSError as exc:
+        error = ConfigInvalid(
+            f"server.state_dir: {state} cannot hold KV blocks and windows: {why(exc, state)}.",
+            action="Set server.state_dir to a directory of one file system, with hard links.",
+        )
+        yield Finding(f"{subject}: files", error.message, error)
+        return
+    size = max(0, int(settings.windows.kv_tier_gib * GIB) - used)
+    error_ = check_disk(state, size, "state_dir")
+    enough = f"{state} has room for {settings.windows.kv_tier_gib:g} GiB of KV blocks"
+    yield Finding(f"{subject}: disk", error_.message if error_ else enough, error_)
+
+
+def _check_is_local(name: str, model: Model) -> None:
+    """What a hub id stands for may change, and the blocks of one model be taken for another's."""
+    if model.engine == "vllm" and not Path(model.path or "").is_dir():
+        raise ConfigInvalid(
+            f"models.{name}: windows = true needs the model's files, and {model.path} is no "
+            "directory.",
+            action="Download the model, and set path to its directory.",
+        )
+
+
+def _prepare_tier(state: Path) -> int:
+    """Make both directories, and a link from one to the other; the bytes that are in the first.
+
+    Raises OSError, also where they are on different file systems.
+    """
+    if not state.exists():  # `hive check` makes nothing
+        return 0
+    tier, windows = state / TIER, state / WINDOWS
+    for directory in (tier, tier / lmcache.TEMPORARY, windows):
+        directory.mkdir(mode=0o700, exist_ok=True)
+    name = f".link-{secrets.token_hex(4)}.part"
+    one, other = tier / lmcache.TEMPORARY / name, windows / name
+    try:
+        one.write_bytes(b"hive")
+        os.link(one, other)
+    finally:
+        one.unlink(missing_ok=True)
+        other.unlink(missing_ok=True)
+    with os.scandir(tier) as files:
+        return sum(file.stat().st_size for file in files if file.is_file())
 
 
 def _check_devices(
@@ -250,6 +330,9 @@ def _check_host(settings: Settings, files: Mapping[str, ModelFiles | None]) -> I
                 wrong := check_context(name, model, files.get(name), devices, 0)
             ):
                 yield Finding(f"model {name}: KV cache", wrong.message, wrong)
+    if any(model.windows for model in settings.models.values()):
+        needs.append(("LMCache", cache_ram(settings)))
+        yield from _check_cache(settings)
     room = available_ram()
     error = check_ram(needs, room)
     free = f"{room.bytes / GIB:.1f} GiB available ({room.source})"

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any, cast
 
 from hive.errors import WorkerSpawnFailed
+from hive.policy.windows import Identity
 from hive.workers import cgroup, guard, journal
 from hive.workers.guard import Group, Process
 from hive.workers.journal import NO_TREE, Damaged
@@ -49,6 +50,9 @@ class Launch:
     vital: Sequence[str] = ()
     nice: int = 0
     kill_s: float = guard.KILL_S
+    # With a KV cache beside it: which model that is, and the path that its blocks are named by.
+    identity: Identity | None = None
+    kv_path: str = ""
 
 
 @dataclass(frozen=True, slots=True)

@@ -27,6 +27,7 @@ ABORT_S = 0.125  # between two samples while an abort is open, in the long run
 BURST_S = 2 * ABORT_S  # what may be sampled early: with it never more than ten in a second
 WATCH_S = 1.0  # between two looks while requests run
 LISTENING_S = 5.0  # between two looks whether anybody listens
+HEALTHY_S = 2.0  # … or whether what is not asked anything else is well
 REFUSALS = 3  # in a row: nobody does
 SAMPLE_S = 2.0  # for an answer to a sample
 MEMBERS_S = 5.0  # how long the list of the tree's processes is believed
@@ -81,8 +82,12 @@ class Pulse:
         cleanup_s: float,
         longest_s: float,
         hung: Callable[[str], None],
+        health_path: str | None = None,
     ) -> None:
         """`root` is the guard's pid; `vital` are beginnings of the names of what computes.
+
+        With `health_path` it is asked there whether it works: no requests of clients go to it, so
+        nothing else would tell.
 
         `hung` hears why, once: an abort was not confirmed in `cleanup_s` and nothing moved, or
         work ran and nothing moved for `longest_s`.
@@ -91,6 +96,8 @@ class Pulse:
         self._has_gauges, self._vital = has_gauges, tuple(vital)
         self._cleanup_s, self._longest_s = cleanup_s, longest_s
         self._hung = hung
+        self._health_path = health_path
+        self._rest_s = HEALTHY_S if health_path else LISTENING_S
         self.open_requests = 0  # of hive's there …
         self.open_weight = 0  # … and what the engine counts them as
         self.relayed = 0  # bytes of answers that came
@@ -156,11 +163,11 @@ class Pulse:
         listened_at = time.monotonic()
         while not self._is_over:
             self._stirred.clear()
-            if self._is_refused or time.monotonic() - listened_at >= LISTENING_S:
+            if self._is_refused or time.monotonic() - listened_at >= self._rest_s:
                 await self._see_who_listens()
                 listened_at = time.monotonic()
             if not self._aborts and not self.open_requests:
-                await self._stirred_within(LISTENING_S)
+                await self._stirred_within(self._rest_s)
                 looked_at = time.monotonic()
                 continue
             due = looked_at + WATCH_S
@@ -187,10 +194,18 @@ class Pulse:
         """Its process may be gone, or its socket, without its guard having said so."""
         self._is_refused = False
         for _ in range(REFUSALS):
-            if self._is_over or await self._client.is_listening():
+            if self._is_over or await self._is_there():
                 return
             await asyncio.sleep(ABORT_S)
-        self._condemn("nobody listens on its socket any more")
+        if self._health_path:
+            self._condemn(f"it failed {REFUSALS} health checks in a row")
+        else:
+            self._condemn("nobody listens on its socket any more")
+
+    async def _is_there(self) -> bool:
+        if self._health_path:
+            return await self._client.is_healthy(self._health_path)
+        return await self._client.is_listening()
 
     async def _look(self) -> bool:
         """Look at it; whether it was asked for its counts."""

@@ -1,5 +1,6 @@
 """The `vllm` engine: vLLM's OpenAI server from an environment of its own, on a unix socket."""
 
+import json
 from pathlib import Path
 
 from hive.errors import ConfigInvalid, WorkerSpawnFailed
@@ -8,8 +9,10 @@ from hive.workers.client import EngineClient
 from hive.workers.command import engine_environment, nice_on, probe_as
 from hive.workers.environment import managed_python
 from hive.workers.footprint import CPU_KV_GIB, CPU_KV_VARIABLE, GIB, argument, stated_utilization
+from hive.workers.identity import identity_of, path_for
 from hive.workers.model_files import ModelFiles, model_files
 from hive.workers.process import Launch, Place
+from hive.workers.site import HOST, Site
 
 SERVER = "vllm.entrypoints.openai.api_server"  # the `vllm` script of the CPU build cannot start
 
@@ -25,6 +28,9 @@ _PROBES = (
 )
 _METHOD_NOT_ALLOWED = 405
 
+
+# An engine whose LMCache hangs goes on without it after so long, instead of 300 s.
+KV_ANSWER_S, KV_HEARTBEAT_S = 3, 2
 
 # With "cpu" vLLM computes on the CPU, whatever it was built for and whichever GPUs it sees.
 BACKEND_VARIABLE = "VLLM_TARGET_DEVICE"
@@ -101,10 +107,13 @@ class VllmEngine:
 
     health_path = "/health"
     computing: tuple[str, ...] = VITAL
+    address: str | None = None
 
-    def __init__(self, name: str, model: Model) -> None:
+    def __init__(self, name: str, model: Model, kv: Site | None = None) -> None:
+        """`kv` is the LMCache server that a model with `windows = true` uses."""
         self.name, self.model = name, model
         self.has_gauges = model.running != "none"
+        self._kv = kv if model.windows else None
 
     def launch(
         self, place: Place, devices: tuple[str, ...], visible: str | None, total_bytes: int
@@ -113,9 +122,14 @@ class VllmEngine:
         assert model.path is not None
         is_local = Path(model.path).is_dir()
         path = str(Path(model.path).absolute()) if is_local else model.path
+        # Absolute, since the engine starts in another directory; a venv's python is a link.
+        python = python_of(self.name, model).absolute()
+        identity, kv_path = None, ""
+        if self._kv is not None:
+            identity = identity_of(self.name, model, devices, self._kv.chunk_tokens, python)
+            path = kv_path = str(path_for(self.name, model, identity, self._kv.state_dir))
         argv = [
-            # Absolute, since the engine starts in another directory; a venv's python is a link.
-            str(python_of(self.name, model).absolute()),
+            str(python),
             "-m",
             SERVER,
             "--model",
@@ -138,10 +152,39 @@ class VllmEngine:
         if len(devices) > 1:
             argv += ["--tensor-parallel-size", str(len(devices))]
         argv += self._memory(devices, total_bytes)
+        argv += self._cache()
         env = engine_environment(model, place, visible, extra)
         for variable in set(_NOT_INHERITED) - set(model.env):
             env.pop(variable, None)
-        return Launch([*argv, *model.args], env, VITAL, nice_on(devices))
+        return Launch(
+            [*argv, *model.args],
+            env,
+            VITAL,
+            nice_on(devices),
+            identity=identity,
+            kv_path=kv_path,
+        )
+
+    def _cache(self) -> list[str]:
+        """What vLLM is told of the LMCache beside it: with limits, or one that hangs hangs it."""
+        if self._kv is None:
+            return []
+        connector = {
+            "kv_connector": "LMCacheMPConnector",
+            "kv_role": "kv_both",
+            "kv_load_failure_policy": "recompute",
+            "kv_connector_extra_config": {
+                "lmcache.mp.host": f"tcp://{HOST}",
+                "lmcache.mp.port": self._kv.port,
+                "lmcache.mp.mq_timeout": KV_ANSWER_S,
+                "lmcache.mp.heartbeat_interval": KV_HEARTBEAT_S,
+            },
+        }
+        told = json.dumps(connector)
+        # Without it the engine does not say how much of a prompt it found in its cache.
+        # … nor, without the last, which tokens a conversation becomes (`…/render`).
+        flags = ["--enable-prompt-tokens-details", "--enable-scale-out"]
+        return ["--kv-transfer-config", told, *flags]
 
     def _memory(self, devices: tuple[str, ...], total_bytes: int) -> list[str]:
         """What vLLM is told of memory: what the preflight has found to be free."""

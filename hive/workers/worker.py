@@ -9,7 +9,7 @@ import contextlib
 import logging
 import random
 import time
-from collections.abc import Callable, Coroutine, Iterable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ from hive.errors import (
     InsufficientDisk,
     InsufficientRam,
     InternalError,
+    KvServerUnreachable,
     LoadingTimeout,
     ResourceLeakDetected,
     ServiceUnavailable,
@@ -75,6 +76,8 @@ class WorkerPlan:
     # Whatever else may be wrong before a start, with its GPUs as just read; blocking, raises.
     preflight: Callable[[Sequence[Watched]], None]
     alternatives: tuple[str, ...] = ()  # models that a VRAM error names
+    # What must be there before it starts: waits, raises, and says which start of it that is.
+    beside: Callable[[], Awaitable[int]] | None = None
 
 
 log = logging.getLogger(__name__)
@@ -240,6 +243,10 @@ class Worker:
                 model=self.model,
             )
 
+    async def wait_idle(self) -> None:
+        """Return when it has no request; the caller bounds the wait."""
+        await self._idle.wait()
+
     async def wait_for(self, *states: State) -> State:
         """Return when the worker is in one of `states`; the caller bounds the wait."""
         while self.state not in states:
@@ -376,6 +383,7 @@ class Worker:
             cleanup_s=timeouts.cleanup_s,
             longest_s=max(timeouts.inference_s, timeouts.stall_s) + timeouts.cleanup_s,
             hung=lambda why: self._hung(life, why),
+            health_path=engine.health_path if engine.address else None,
         )
         tasks.create_task(life.pulse.run(), name=f"pulse:{self.id}")
 
@@ -417,22 +425,26 @@ class Worker:
                 await asyncio.wait_for(self._hurry.wait(), self._pause_s)
         self._is_fatal, self._fault = False, None
         devices = self._devices.of(self.plan.devices)
+        cache_life = 0
         try:
+            if self.plan.beside is not None:
+                cache_life = await self._beside(self.plan.beside)
             baselines = await self._devices.ready_to_start(self.plan.devices)
             await asyncio.to_thread(self.plan.preflight, devices)
             place = self._new_place(self.plan.log)
         except HiveError as exc:
             # The host's memory and disks may have room again in a while: the restart policy's.
             self.error = exc
-            self._is_fatal = not isinstance(exc, InsufficientRam | InsufficientDisk)
+            passing = InsufficientRam | InsufficientDisk | KvServerUnreachable
+            self._is_fatal = not isinstance(exc, passing)
             self._report(News.SPAWN_FAILED, None, exc.message)
             return
         except OSError as exc:
             self._report(News.SPAWN_FAILED, None, f"could not start: {why(exc, self.plan.log)}")
             return
         self.counts.starts += 1
-        life = self.life = Life(self.counts.starts, place, self.model)
-        life.baselines = baselines
+        life = self.life = Life(self.counts.starts, place, self.model, self.plan.engine.address)
+        life.baselines, life.cache_life = baselines, cache_life
         try:
             life.entry = await self._ledger.intend(
                 self.id,
@@ -445,7 +457,7 @@ class Worker:
             launch = await asyncio.to_thread(
                 self.plan.engine.launch, place, self.plan.devices, self.plan.visible, smallest
             )
-            launch = replace(launch, kill_s=self.plan.timeouts.kill_s)
+            life.launch = launch = replace(launch, kill_s=self.plan.timeouts.kill_s)
             life.tree = await Tree.spawn(launch, place, self.plan.timeouts.cleanup_s)
             await self._ledger.started(life.entry, life.tree.guard_pid, life.tree.pid)
         except HiveError as exc:
@@ -461,6 +473,16 @@ class Worker:
             WorkerStarted(self.id, self.model, life.tree.pid, unasked=self._unasked)
         )
         self._report(News.SPAWNED, life, f"pid {life.tree.pid}")
+
+    async def _beside(self, beside: Callable[[], Awaitable[int]]) -> int:
+        """Wait for what must be there before. Raises KvServerUnreachable."""
+        try:
+            async with asyncio.timeout(self.plan.timeouts.load_s):
+                return await beside()
+        except TimeoutError as exc:
+            raise KvServerUnreachable(
+                f"The LMCache server was not ready within {self.plan.timeouts.load_s:g} s."
+            ) from exc
 
     async def _loading(self) -> None:
         life = self.life

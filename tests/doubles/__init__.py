@@ -4,6 +4,12 @@ import sys
 from pathlib import Path
 
 ENGINE = Path(__file__).parent / "engine"
+LMCACHE = Path(__file__).parent / "lmcache"
+
+
+def lmcache_command(*flags: str) -> list[str]:
+    """The LMCache double, as windows.kv_server wants it: hive adds LMCache's own arguments."""
+    return [sys.executable, "-I", str(LMCACHE), *flags]
 
 
 def engine_command(*flags: str) -> list[str]:

@@ -8,6 +8,7 @@ import signal
 import socket
 import subprocess
 import time
+import zlib
 from collections.abc import Callable, Iterator
 from contextlib import closing, suppress
 from dataclasses import dataclass, field
@@ -18,6 +19,7 @@ import pytest
 
 from tests.doubles import engine_command
 from tests.doubles.nvml import Gpus
+from tests.doubles.test_lmcache import MODEL, Cache, names
 from tests.patience import wait_until
 
 DEADLINE_S = 10.0
@@ -333,6 +335,292 @@ def test_events_can_be_padded(start: Start) -> None:
     body = start("--event-bytes", "1000").chat(stream=True, max_tokens=5).body
     sizes = [len(event) for event in body.split(b"\n\n")]
     assert sum(990 < size <= 1000 for size in sizes) == 4
+
+
+# Its tokens
+
+
+def word(text: str) -> int:
+    return zlib.crc32(text.encode()) & 0x7FFFFFFF
+
+
+def ids(text: str) -> list[int]:
+    return [word(one) for one in text.split()]
+
+
+def test_a_chat_is_rendered_to_tokens(start: Start) -> None:
+    engine = start("--max-model-len", "100")
+    calls = [{"id": "c1", "function": {"name": "f", "arguments": "{}"}}]
+    messages = [
+        {"role": "system", "content": "be kind"},
+        {"role": "user", "content": [{"type": "text", "text": "a b"}, {"type": "image_url"}]},
+        {"role": "assistant", "content": None, "tool_calls": calls},
+    ]
+    ask = {"model": "m", "messages": messages, "cache_salt": "s", "max_tokens": 7}
+    path = "/v1/chat/completions/render"
+    got = engine.ask("POST", path, ask, "X-Request-Id: r-1\r\n").json
+    said = f"<system> be kind </s> <user> a b </s> <assistant> {json.dumps(calls)} </s> <assistant>"
+    assert got["token_ids"] == ids(said)
+    assert (got["request_id"], got["model"], got["cache_salt"]) == ("chatcmpl-r-1", "m", "s")
+    assert got["sampling_params"] == {"max_tokens": 7, "output_kind": 2, "skip_clone": True}
+    more = {"add_generation_prompt": False, "stream": True, "max_tokens": None}
+    got = engine.ask("POST", path, ask | more).json
+    assert got["token_ids"] == ids(said)[:-1]
+    assert got["stream"] is True
+    assert got["sampling_params"]["max_tokens"] == 100 - len(ids(said)) + 1
+    assert engine.ask("POST", path, {"messages": []}).status == 400
+    assert engine.ask("GET", path).status == 405
+    assert engine.ask("GET", "/double/state").json["kv_lost"] is False
+
+
+def test_a_message_with_its_system_is_rendered_to_tokens(start: Start) -> None:
+    use = {"type": "tool_use", "id": "t", "name": "f", "input": {}}
+    block = {"type": "tool_result", "content": [{"type": "text", "text": "c d"}]}
+    messages = [{"role": "assistant", "content": [use]}, {"role": "user", "content": [block]}]
+    ask = {"system": "be kind", "messages": messages, "max_tokens": 1}
+    got = start().ask("POST", "/v1/messages/render", ask).json
+    said = f"<system> be kind </s> <assistant> {json.dumps(use)} </s> <user> c d </s> <assistant>"
+    assert got["token_ids"] == ids(said)
+
+
+def test_completions_are_rendered_to_tokens(start: Start) -> None:
+    engine = start()
+    asked: list[tuple[object, list[list[int]]]] = [
+        ("a b", [ids("a b")]),
+        ([5, 6], [[5, 6]]),
+        (["a", "b"], [ids("a"), ids("b")]),
+        ([[5], [6]], [[5], [6]]),
+    ]
+    for prompt, wanted in asked:
+        got = engine.ask("POST", "/v1/completions/render", {"prompt": prompt}).json
+        assert [one["token_ids"] for one in got] == wanted
+    assert [one["request_id"][-2:] for one in got] == ["-0", "-1"]
+    wrongs: tuple[object, ...] = ("", [{}], [["a"]])
+    for wrong in wrongs:
+        assert engine.ask("POST", "/v1/completions/render", {"prompt": wrong}).status == 400
+
+
+def test_tokens_of_prompt_and_answer_are_told_when_asked_for(start: Start) -> None:
+    engine = start()
+    prompt, made = ids("<user> say it, tag=abc </s> <assistant>"), ids(said("abc", 3))
+    ask = {"return_token_ids": True, "max_tokens": 3}
+    whole = engine.chat(**ask).json
+    assert (whole["prompt_token_ids"], whole["choices"][0]["token_ids"]) == (prompt, made)
+    first, *rest = events(engine.chat(**ask, stream=True).body)
+    assert first["prompt_token_ids"] == prompt
+    assert [event["choices"][0]["token_ids"] for event in rest] == [[one] for one in made]
+    assert "prompt_token_ids" not in rest[0]
+    completion = {**ask, "prompt": ["tag=p", "tag=q"]}
+    choices = engine.ask("POST", "/v1/completions", completion).json["choices"]
+    assert [choice["prompt_token_ids"] for choice in choices] == [ids("tag=p"), ids("tag=q")]
+    assert [choice["token_ids"] for choice in choices] == [ids(said("p", 3)), ids(said("q", 3))]
+    got = events(engine.ask("POST", "/v1/completions", {**completion, "stream": True}).body)
+    tellers = [event["choices"][0] for event in got if "prompt_token_ids" in str(event)]
+    assert [choice["prompt_token_ids"] for choice in tellers] == [ids("tag=p"), ids("tag=q")]
+
+
+@pytest.mark.parametrize("salt", ["", 5, "a@b", "x" * 129])
+def test_a_wrong_salt_is_refused(start: Start, salt: object) -> None:
+    reply = start().chat(cache_salt=salt)
+    told = reply.json["error"]
+    assert (reply.status, told["type"], told["param"]) == (400, "BadRequestError", "cache_salt")
+    assert told["message"].startswith("Parameter 'cache_salt' must be ")
+
+
+# Its KV cache
+
+
+CHUNK = 4
+
+
+@pytest.fixture
+def caches(tmp_path: Path) -> Iterator[Callable[..., Cache]]:
+    made: list[Cache] = []
+
+    def start(*flags: str) -> Cache:
+        made.append(Cache(tmp_path / "tier", flags, ()))
+        return made[-1].ready()
+
+    yield start
+    for cache in made:
+        cache.end()
+
+
+def beside(cache: Cache, *more: str) -> tuple[str, ...]:
+    where = ("--kv", f"127.0.0.1:{cache.port}", "--kv-model", MODEL)
+    # Long enough for a busy machine; the tests of what is lost take less.
+    return (*where, "--kv-chunk", str(CHUNK), "--kv-timeout-s", "9", *more)
+
+
+def complete(engine: Engine, prompt: object, **more: object) -> dict[str, Any]:
+    reply = engine.ask("POST", "/v1/completions", {"prompt": prompt, "max_tokens": 1, **more})
+    usage: dict[str, Any] = reply.json["usage"]
+    return usage
+
+
+def cached(engine: Engine, prompt: object, **more: object) -> int:
+    tokens: int = complete(engine, prompt, **more)["prompt_tokens_details"]["cached_tokens"]
+    return tokens
+
+
+TOKENS = list(range(10, 19))  # two full chunks and one token more
+
+
+def test_a_prompt_is_cached_in_the_engine_and_beside_it(
+    start: Start, caches: Callable[..., Cache]
+) -> None:
+    cache = caches()
+    engine = start(*beside(cache))
+    usage = complete(engine, TOKENS)
+    assert usage["prompt_tokens"] == 9
+    assert usage["prompt_tokens_details"] == {"cached_tokens": 0}
+    assert [file.name for file in cache.stored(2)] == sorted(names(TOKENS))
+    assert cached(engine, TOKENS) == 8
+    assert cached(engine, TOKENS, cache_salt="s") == 0
+    assert cached(engine, [*TOKENS[:7], 1, 2, 3]) == 4
+    assert cached(start(*beside(cache)), TOKENS) == 8
+    assert cached(start(*beside(cache, "--kv-workers", "2")), TOKENS) == 0
+    assert engine.ask("GET", "/double/state").json["kv_lost"] is False
+
+
+def test_a_whole_prompt_is_never_cached(start: Start, caches: Callable[..., Cache]) -> None:
+    cache = caches("--lose-stores")
+    engine = start(*beside(cache))
+    cached(engine, TOKENS[:8])
+    assert cached(engine, TOKENS[:8]) == 7  # LMCache has it all
+    cache.http("POST", "/cache/clear")
+    assert cached(engine, TOKENS[:8]) == 4  # its own cache has whole blocks
+    assert cached(engine, TOKENS) == 8
+
+
+def test_with_several_prompts_the_last_one_is_told_of(
+    start: Start, caches: Callable[..., Cache]
+) -> None:
+    engine = start(*beside(caches()))
+    cached(engine, TOKENS)
+    usage = complete(engine, [[1, 2], TOKENS], n=2)
+    assert usage["prompt_tokens"] == 11
+    assert usage["prompt_tokens_details"] == {"cached_tokens": 8}
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_conversation_goes_on_where_it_was(
+    start: Start, caches: Callable[..., Cache], stream: bool
+) -> None:
+    cache = caches()
+    more = {"max_tokens": 7, "stream": stream, "stream_options": {"include_usage": True}}
+    messages: list[dict[str, str]] = [{"role": "user", "content": "say it, tag=abc"}]
+    body = start(*beside(cache)).chat(**more, messages=messages).body
+    answer = text(body) if stream else json.loads(body)["choices"][0]["message"]["content"]
+    # <user> say it, tag=abc </s> <assistant>, and of 7 tokens the last one was not computed.
+    cache.stored(3)
+    messages += [{"role": "assistant", "content": answer}, {"role": "user", "content": "more"}]
+    body = start(*beside(cache)).chat(**more, messages=messages).body
+    usage = (events(body)[-1] if stream else json.loads(body))["usage"]
+    assert usage["prompt_tokens"] == 6 + 7 + 1 + 4
+    assert usage["prompt_tokens_details"] == {"cached_tokens": 12}
+
+
+def test_what_an_aborted_answer_computed_is_stored(
+    start: Start, caches: Callable[..., Cache]
+) -> None:
+    cache = caches()
+    engine = start(*beside(cache, "--stop-after", "7"))
+    client = engine.streaming()
+    client.until(b"abc:6 ")
+    cache.stored(1)
+    client.close()
+    cache.stored(3)
+
+
+def test_messages_tell_what_they_read_from_the_cache(
+    start: Start, caches: Callable[..., Cache]
+) -> None:
+    engine = start(*beside(caches()))
+    ask = {**PROMPT, "system": "be kind", "max_tokens": 2}
+    usage = engine.ask("POST", "/v1/messages", ask).json["usage"]
+    assert usage == {"input_tokens": 10, "output_tokens": 2, "cache_read_input_tokens": 0}
+    assert engine.ask("POST", "/v1/messages", ask).json["usage"] == {
+        "input_tokens": 2,
+        "output_tokens": 2,
+        "cache_read_input_tokens": 8,
+    }
+    begin, *_, end, _ = events(engine.ask("POST", "/v1/messages", {**ask, "stream": True}).body)
+    assert begin["message"]["usage"] == {"input_tokens": 10, "output_tokens": 0}
+    assert end["usage"]["cache_read_input_tokens"] == 8
+
+
+def test_a_prefetch_is_of_use_to_an_engine_at_once(
+    start: Start, caches: Callable[..., Cache]
+) -> None:
+    first = caches()
+    complete(start(*beside(first)), TOKENS)
+    first.stored(2)
+    first.process.kill()
+    cache = caches()
+    engine = start(*beside(cache))
+    status, told = cache.prefetch()  # its start made the model known
+    assert status == 202
+    assert cache.prefetched(told["request_id"])["found_keys"] == 2
+    for file in cache.files():
+        file.unlink()
+    assert cached(engine, TOKENS) == 8
+    cache.idle()
+    assert not cache.files()
+
+
+def test_a_cache_that_dies_is_never_asked_again(start: Start, caches: Callable[..., Cache]) -> None:
+    cache = caches()
+    engine = start(*beside(cache))
+    cached(engine, TOKENS)
+    cache.process.kill()
+    assert eventually(lambda: bool(engine.ask("GET", "/double/state").json["kv_lost"]))
+    assert cached(engine, TOKENS) == 8  # its own
+    assert cached(engine, [1] * 9) == 0
+    assert start(*beside(cache)).ask("GET", "/double/state").json["kv_lost"] is True
+
+
+def test_a_cache_that_hangs_is_waited_for_once(start: Start, caches: Callable[..., Cache]) -> None:
+    cache = caches()
+    engine = start(*beside(cache))
+    cache.process.send_signal(signal.SIGSTOP)
+    client = engine.streaming()
+    assert eventually(lambda: engine.gauge("num_requests_waiting") == 1)
+    left = engine.streaming()
+    assert eventually(lambda: engine.gauge("num_requests_waiting") == 2)
+    left.close()
+    assert eventually(lambda: engine.gauge("num_requests_waiting") == 1)
+    engine.turn(kv_timeout_s=0.05)
+    assert complete(engine, TOKENS)["prompt_tokens_details"] == {"cached_tokens": 0}
+    client.until(b"[DONE]")
+    assert engine.ask("GET", "/double/state").json["kv_lost"] is True
+    cache.process.send_signal(signal.SIGCONT)
+    assert cached(engine, [1] * 9) == 0
+
+
+def test_a_start_can_wait_for_the_cache_or_fail(start: Start, tmp_path: Path) -> None:
+    cache = Cache(tmp_path / "tier", ("--load-s", "60"), ())
+    try:
+        engine = start(*beside(cache, "--kv-start-s", "0.1"), ready=False)
+        assert engine.ended() == 1
+        assert "ConnectionError: Cannot reach the LMCache MP server" in engine.printed()
+        engine = start(*beside(cache, "--kv-start-s", "60"), ready=False)
+        wait_until(lambda: engine.process.poll() is not None or _is_waiting(engine), "it waits")
+        engine.process.terminate()
+        assert engine.ended() == 0
+    finally:
+        cache.end()
+
+
+def _is_waiting(engine: Engine) -> bool:
+    """Whether it handles SIGTERM already."""
+    status = Path(f"/proc/{engine.process.pid}/status").read_text()
+    caught = re.search(r"SigCgt:\s*(\w+)", status)
+    blocked = re.search(r"SigBlk:\s*(\w+)", status)
+    assert caught
+    assert blocked
+    term = 1 << (signal.SIGTERM - 1)
+    return bool(int(caught[1], 16) & term and not int(blocked[1], 16) & term)
 
 
 # Who runs and who waits

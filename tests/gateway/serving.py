@@ -21,6 +21,7 @@ from hive.gateway.listener import listening
 from hive.policy.lifecycle import State
 from hive.settings import Settings
 from hive.telemetry.metrics import Metrics
+from hive.windows.keeping import Keeping, keeping
 from hive.workers.fleet import Fleet
 from hive.workers.ledger import Ledger
 from hive.workers.life import Life
@@ -56,17 +57,24 @@ class Serving:
         self.door = self.fleet.door("m")
         self.metrics = Metrics([("m-0", "m")], rooms=self.fleet.doors)
         self.announcer.listen(self.metrics.hear)
+        self._devices, self._ledger = devices, ledger
+        self.place = Place(home, home / "log")
+        self.gateway: Gateway
+        self.kept: Keeping | None = None  # where the model has windows
+        self.session: aiohttp.ClientSession
+
+    def open(self, kept: Keeping | None) -> None:
+        self.kept = kept
         self.gateway = Gateway(
             self.settings,
             self.fleet,
-            devices,
-            ledger,
+            self._devices,
+            self._ledger,
             self.announcer,
             self.metrics.text,
             lambda: None,
+            kept,
         )
-        self.place = Place(home, home / "log")
-        self.session: aiohttp.ClientSession
 
     @property
     def worker(self) -> Worker:
@@ -138,27 +146,32 @@ async def serving(
     with short_directory() as home, warnings.catch_warnings():
         warnings.simplefilter("ignore", NotAppKeyWarning)  # request["passage"]
         it = Serving(home, model or {}, sections)
-        if engine is not None:
-            await web.UnixSite(runner, str(it.place.socket)).start()
-        life = it.worker.life = Life(1, it.place, "m")
-        life.pulse = HandPulse()
-        move(it.worker, State.READY)
-        listener = listening(
-            it.gateway.app,
-            it.settings,
-            it.announcer,
-            most_connections=most_connections,
-            entrance=it.gateway.entrance,
-        )
-        try:
-            async with listener, aiohttp.ClientSession(f"http://127.0.0.1:{it.port}") as session:
-                it.session = session
-                yield it
-        finally:
-            it.fleet.refuse()
-            if it.worker.life is not None:
-                await close(it.worker.life)
-            await runner.cleanup()
+        if it.fleet.site is not None:
+            it.fleet.site.tier.mkdir(mode=0o700, exist_ok=True)
+        async with keeping(it.settings, it.fleet, it.announcer) as kept:
+            it.open(kept)
+            if engine is not None:
+                await web.UnixSite(runner, str(it.place.socket)).start()
+            life = it.worker.life = Life(1, it.place, "m")
+            life.pulse = HandPulse()
+            move(it.worker, State.READY)
+            listener = listening(
+                it.gateway.app,
+                it.settings,
+                it.announcer,
+                most_connections=most_connections,
+                entrance=it.gateway.entrance,
+            )
+            url = "http://127.0.0.1"
+            try:
+                async with listener, aiohttp.ClientSession(f"{url}:{it.port}") as session:
+                    it.session = session
+                    yield it
+            finally:
+                it.fleet.refuse()
+                if it.worker.life is not None:
+                    await close(it.worker.life)
+                await runner.cleanup()
 
 
 def key(name: str, *scopes: str) -> dict[str, Any]:

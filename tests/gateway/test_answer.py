@@ -8,6 +8,7 @@ import re
 import signal
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
+from typing import Any
 
 import pytest
 
@@ -78,10 +79,11 @@ async def answering(
     timeouts: dict[str, float] | None = None,
     breaker: dict[str, float] | None = None,
     server: dict[str, float] | None = None,
+    model: dict[str, Any] | None = None,
 ) -> AsyncIterator[tuple[Serving, RawEngine]]:
     engine = RawEngine(scripts)
     async with serving(
-        None, timeouts=timeouts or {}, breaker=breaker or {}, server=server or {}
+        None, model, timeouts=timeouts or {}, breaker=breaker or {}, server=server or {}
     ) as it:
         life = it.life
         listener = await asyncio.start_unix_server(engine.serve, it.place.socket)
@@ -507,3 +509,227 @@ async def test_a_body_is_let_go_with_the_answers_first_byte() -> None:
         assert (await asked(it, another))[1] == b"ok"
         go_on.set()
         await reader.read(-1)
+
+
+# ── what a session hears of it ──────────────────────────────────────────────────────────────────
+
+WINDOWS = {"windows": True, "command": ["x{socket}", "{kv}"]}
+
+
+class Talk:
+    """A session of its own for each request."""
+
+    def __init__(self, it: Serving) -> None:
+        assert it.kept is not None
+        self.it, self.sessions = it, it.kept.sessions
+        self.id = ""
+
+    async def ask(self, path: bytes, body: dict[str, object]) -> tuple[bytes, bytes]:
+        """What the client gets: head and body."""
+        self.id = (await self.sessions.create("", "m")).id
+        raw = json.dumps({"model": "m", **body}).encode()
+        head = b"POST %s HTTP/1.1\r\nHost: h\r\nX-Hive-Session: %s\r\nConnection: close\r\n"
+        length = b"Content-Length: %d\r\n\r\n%s" % (len(raw), raw)
+        return await asked(self.it, head % (path, self.id.encode()) + length)
+
+    async def heard(self) -> Any:
+        """The last message of what was written down; None where nothing was."""
+        await self.sessions.recorded(self.id)
+        told = (await self.sessions.find(self.id, None)).conversation
+        if told is None:
+            return None
+        return told["body"].get("prompt") or told["body"]["messages"][-1]
+
+
+def sse(*events: object) -> bytes:
+    """As one stream of events; a str goes as it is."""
+    texts = [one if isinstance(one, str) else json.dumps(one) for one in events]
+    return b"".join(b"data: %b\n\n" % text.encode() for text in texts)
+
+
+def delta(reason: str | None = None, **told: object) -> dict[str, object]:
+    return {"choices": [{"index": 0, "delta": told, "finish_reason": reason}]}
+
+
+def call(at: int, **told: object) -> dict[str, object]:
+    return delta(tool_calls=[{"index": at, **told}])
+
+
+USER = [{"role": "user", "content": "häng an"}]
+CHAT_PATH, TEXT_PATH, MESSAGES_PATH = b"/v1/chat/completions", b"/v1/completions", b"/v1/messages"
+CALLS = [
+    {"id": "c1", "type": "function", "function": {"name": "f", "arguments": '{"a": "ä"}'}},
+    {"id": "c2", "type": "function", "function": {"name": "g", "arguments": ""}},
+]
+SAID: dict[str, tuple[bytes, dict[str, object], bytes, object]] = {
+    "chat": (
+        CHAT_PATH,
+        {"messages": USER, "stream": True},
+        sse(
+            delta(role="assistant", content=""),
+            delta(content="hä"),
+            {"choices": [{"index": 1, "delta": {"content": "another"}, "finish_reason": None}]},
+            delta(content=None),
+            delta("stop", content="llo"),
+            {"choices": [], "usage": {"prompt_tokens_details": None}},
+            "[DONE]",
+        ),
+        {"role": "assistant", "content": "hällo"},
+    ),
+    "tool calls": (
+        CHAT_PATH,
+        {"messages": USER, "stream": True, "tools": []},
+        sse(
+            call(0, id="c1", type="function", function={"name": "f", "arguments": ""}),
+            call(0, function={"arguments": '{"a": '}),
+            call(1, id="c2", type="function", function={"name": "g"}),
+            call(0, function={"arguments": '"ä"}'}),
+            delta("tool_calls"),
+            "[DONE]",
+        ),
+        {"role": "assistant", "content": "", "tool_calls": CALLS},
+    ),
+    "completion": (
+        TEXT_PATH,
+        {"prompt": "one ", "stream": True},
+        sse(
+            {"choices": [{"index": 0, "text": "two ", "finish_reason": None}]},
+            {"choices": [{"index": 0, "text": "three", "finish_reason": "length"}]},
+            "[DONE]",
+        ),
+        "one two three",
+    ),
+    "messages": (
+        MESSAGES_PATH,
+        {"messages": USER, "stream": True, "max_tokens": 9},
+        sse(
+            {"type": "message_start", "message": {}},
+            {
+                "type": "content_block_start",
+                "index": 0,
+                "content_block": {"type": "text", "text": ""},
+            },
+            {
+                "type": "content_block_delta",
+                "index": 0,
+                "delta": {"type": "text_delta", "text": "ä"},
+            },
+            {
+                "type": "content_block_start",
+                "index": 1,
+                "content_block": {"type": "tool_use", "id": "t", "name": "f", "input": {}},
+            },
+            {
+                "type": "content_block_delta",
+                "index": 1,
+                "delta": {"type": "input_json_delta", "partial_json": '{"a":'},
+            },
+            {
+                "type": "content_block_delta",
+                "index": 1,
+                "delta": {"type": "input_json_delta", "partial_json": " 1}"},
+            },
+            {"type": "message_delta", "delta": {"stop_reason": "tool_use"}, "usage": {}},
+            {"type": "message_stop"},
+        ),
+        {
+            "role": "assistant",
+            "content": [
+                {"type": "text", "text": "ä"},
+                {"type": "tool_use", "id": "t", "name": "f", "input": {"a": 1}},
+            ],
+        },
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", SAID)
+@awaited
+async def test_a_streamed_answer_is_heard_whole_however_it_comes(kind: str) -> None:
+    """C.5: what a session goes on with is what its client got, byte for byte, tool calls too."""
+    path, body, said, wanted = SAID[kind]
+    chance = random.Random(f"{SEED} {kind}")
+    for size in (1, 2, 7, 60, 100_000):
+        pieces = [said[at : at + size] for at in range(0, len(said), size)]
+        raw = b"".join(chunk(piece) for piece in pieces) + LAST
+        cut = chance.randint(1, len(raw) - 1)
+        script: Script = [STREAM, 0.001, raw[:cut], 0.001, raw[cut:]]
+        async with answering(script, model=WINDOWS) as (it, engine):
+            talk = Talk(it)
+            _, got = await talk.ask(path, body)
+            assert got == raw
+            assert await talk.heard() == wanted
+            assert b'"cache_salt":"' in engine.asked[0]
+            assert repr(talk.sessions) == "<Sessions 0 in use>"
+
+
+@pytest.mark.parametrize("ending", ["a length", "the connection's end"])
+@awaited
+async def test_a_plain_answer_is_heard_whole_however_it_comes(ending: str) -> None:
+    told = {"choices": [{"message": {"content": "hä"}, "finish_reason": "stop"}], "usage": None}
+    said = json.dumps(told, ensure_ascii=False).encode()
+    head = PLAIN % len(said)
+    script: Script = [head, *(said[at : at + 3] for at in range(0, len(said), 3))]
+    if ending == "the connection's end":
+        script[0] = b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\n\r\n"
+        script.append(None)
+    async with answering(script, model=WINDOWS) as (it, _):
+        talk = Talk(it)
+        _, got = await talk.ask(CHAT_PATH, {"messages": USER})
+        assert json.loads(payload(got) if ending != "a length" else got) == told
+        assert await talk.heard() == {"role": "assistant", "content": "hä"}
+
+
+@pytest.mark.parametrize(
+    "script",
+    [
+        [STREAM, chunk(sse(delta(content="a"))), None],
+        [STREAM, chunk(sse(delta("abort", content="a"), "[DONE]")) + LAST],
+        [STREAM, chunk(sse(delta("stop", content="a"))) + LAST],
+        [STREAM, chunk(sse(delta(content="a"), "[DONE]")) + LAST],
+        [STREAM, chunk(sse(delta("stop"), "[DONE]") + b"data: {\n\n") + LAST],
+        [STREAM, chunk(sse(delta("stop", content="a")) + b"data: \xff\n\n" + sse("[DONE]")) + LAST],
+        [b"HTTP/1.1 400 Bad Request\r\nContent-Length: 2\r\n\r\n{}"],
+        [PLAIN % 2, b"no"],
+    ],
+    ids=["cut", "aborted", "not done", "no reason", "no JSON", "no text", "refused", "no object"],
+)
+@awaited
+async def test_an_answer_that_is_not_whole_is_no_part_of_a_conversation(script: Script) -> None:
+    """R107: a session goes on from its last whole answer."""
+    async with answering(script, model=WINDOWS) as (it, _):
+        talk = Talk(it)
+        await talk.ask(CHAT_PATH, {"messages": USER, "stream": True})
+        await until(lambda: repr(talk.sessions) == "<Sessions 0 in use>", "its end")
+        assert await talk.heard() is None
+
+
+@awaited
+async def test_a_living_engines_own_error_ends_the_answer_and_is_not_recorded(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("hive.gateway.relay.EXIT_S", 0.02)
+    body = chunk(sse(delta(content="a"))) + chunk(FAILS) + chunk(sse("[DONE]")) + LAST
+    script: Script = [STREAM, *(body[at : at + 9] for at in range(0, len(body), 9))]
+    async with answering(script, model=WINDOWS) as (it, _):
+        talk = Talk(it)
+        assert (await talk.ask(CHAT_PATH, {"messages": USER}))[1] == body
+        assert await talk.heard() is None
+
+
+@awaited
+async def test_of_a_request_that_is_sent_again_only_the_last_answer_is_heard(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """R001: the one that its client got."""
+    monkeypatch.setattr("hive.gateway.relay.EXIT_S", 0.02)
+    monkeypatch.setitem(RETRIES, "network", RetryPolicy(5, (0.01,)))
+    path, body, said, wanted = SAID["chat"]
+    whole: Script = [STREAM, chunk(said) + LAST]
+    async with answering([None], [None], whole, model=WINDOWS) as (it, engine):
+        talk = Talk(it)
+        assert (await talk.ask(path, body))[1] == chunk(said) + LAST
+        assert len(engine.asked) == 3
+        salts = {re.findall(rb'"cache_salt":"([^"]{22})"', one)[0] for one in engine.asked}
+        assert len(salts) == 1
+        assert await talk.heard() == wanted

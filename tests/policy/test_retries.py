@@ -40,6 +40,22 @@ def test_the_command_line_calls_three_times_within_a_second() -> None:
     assert [connect.delay_s(calls, 1.0) for calls in (1, 2)] == [0.2, 0.4]
 
 
+def test_a_block_that_a_freeze_needs_is_tried_eight_times() -> None:
+    """1, 2, 4, 8 s and then 10 s each (R089, R090)."""
+    block = RETRIES["block_write"]
+
+    assert calls_made(block) == 8
+    assert [block.delay_s(calls, 1.0) for calls in range(1, 8)] == [1, 2, 4, 8, 10, 10, 10]
+
+
+def test_other_files_are_tried_three_times() -> None:
+    """(R101)"""
+    storage = RETRIES["storage"]
+
+    assert calls_made(storage) == 3
+    assert [storage.delay_s(calls, 1.0) for calls in (1, 2)] == [1, 2]
+
+
 @given(st.integers(1, 5), chances)
 def test_up_to_a_second_is_added_to_each_delay_of_the_network(calls: int, chance: float) -> None:
     """(R003, C4)"""

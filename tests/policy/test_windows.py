@@ -1,6 +1,7 @@
 """States and prefixes; blocks are named as the real LMCache names them."""
 
 import json
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,13 +12,16 @@ from hypothesis import strategies as st
 from hive.policy.windows import (
     MOST_NAME,
     NEXT,
+    Identity,
     SessionState,
     Shape,
     block_names,
     chain,
+    shared_prefix,
     usable,
 )
 
+IDENTITY = Identity("/m", "", "f" * 32, "auto", "auto", 1, 256, 16, "vllm 0.32.0")
 LMCACHE = Path(__file__).with_name("lmcache_names.json")  # lmcache_names.py has made it
 
 
@@ -90,3 +94,53 @@ def test_the_states_are_those_that_were_decided() -> None:
         state.EXPIRED: {state.DELETED},
         state.DELETED: set(),
     }
+
+
+tokens = st.lists(st.integers(0, 2), max_size=6)
+
+
+@given(st.lists(tokens, max_size=4), tokens)
+def test_the_shared_prefix_is_the_longest_that_all_begin_with(
+    rendered: list[list[int]], begin: list[int]
+) -> None:
+    rendered = [begin + one for one in rendered]
+    shared = shared_prefix(rendered)
+
+    assert all(one[: len(shared)] == shared for one in rendered)
+    if not rendered:
+        assert shared == []
+        return
+    assert shared[: len(begin)] == begin
+    following = {tuple(one[len(shared) : len(shared) + 1]) for one in rendered}
+    assert len(following) > 1 or following == {()}
+
+
+def test_one_rendering_is_its_own_prefix() -> None:
+    assert shared_prefix([[1, 2, 3]]) == [1, 2, 3]
+    assert shared_prefix([(1, 2), [1, 2, 3]]) == [1, 2]
+
+
+DIFFERENT: dict[str, Any] = {
+    "weights": "e" * 32,
+    "dtype": "half",
+    "kv_dtype": "fp8",
+    "tensor_parallel_size": 2,
+    "chunk_tokens": 64,
+    "block_size": 32,
+    "engine_version": "vllm 0.33.0",
+}
+
+
+@given(st.sets(st.sampled_from(sorted(DIFFERENT))), st.text(), st.text())
+def test_what_forbids_the_use_of_blocks_is_named(names: set[str], path: str, revision: str) -> None:
+    """All of it, in the order of the fields; where the files are is nobody's concern."""
+    other = replace(IDENTITY, path=path, revision=revision, **{n: DIFFERENT[n] for n in names})
+    differs = IDENTITY.differs_in(other)
+
+    assert set(differs) == names
+    assert differs == [field.name for field in fields(Identity) if field.name in names]
+    assert other.differs_in(IDENTITY) == differs
+
+
+def test_every_field_of_an_identity_is_compared_or_is_a_place() -> None:
+    assert {field.name for field in fields(Identity)} == {*DIFFERENT, "path", "revision"}

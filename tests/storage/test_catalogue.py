@@ -1,9 +1,11 @@
 """The catalogue: every change whole or not at all, whoever is killed and whatever breaks."""
 
 import asyncio
+import os
 import sqlite3
 import subprocess
 import sys
+import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import replace
@@ -11,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hive.errors import (
@@ -23,7 +25,16 @@ from hive.errors import (
     WindowNotFound,
 )
 from hive.policy.windows import NEXT, SessionState, WindowState
-from hive.storage.catalogue import FILE, Catalogue, Session, Sort, Window, opened
+from hive.storage.catalogue import (
+    CONNECTIONS,
+    FILE,
+    MOST_PAGE,
+    Catalogue,
+    Session,
+    Sort,
+    Window,
+    opened,
+)
 from tests.patience import awaited, short_directory
 
 SAID = {"kind": "chat", "messages": [{"role": "user", "content": "häng an 😀"}]}
@@ -186,7 +197,8 @@ async def test_sessions_that_nobody_used_expire_unless_they_are_frozen() -> None
     async with catalogue() as it:
         for number in range(4):
             await it.add_session(session(number))
-        await it.move_session("s0", SessionState.ACTIVE, SessionState.FROZEN)
+        await it.begin_window(window())
+        await it.commit_window(window())
         assert await it.expire(2002.0) == 1
         states = {one.id: one.state for one in await it.sessions("ci")}
 
@@ -225,6 +237,246 @@ async def test_the_receipt_of_a_thaw_is_kept() -> None:
         await it.note_receipt(window().id, {"cached_tokens": 64})
 
         assert (await it.window("w0", "ci")).receipt == {"cached_tokens": 64}
+
+
+@awaited
+async def test_a_session_that_was_removed_is_not_found_and_its_window_stays() -> None:
+    async with catalogue() as it:
+        await it.add_session(session())
+        await it.add_session(session(1))
+        await it.begin_window(window())
+        await it.commit_window(window())
+        for _ in range(2):
+            await it.remove_session("s0")
+        with pytest.raises(SessionNotFound):
+            await it.session("s0", None)
+
+        assert [one.id for one in await it.sessions(None)] == ["s1"]
+        assert (await it.window("w0", "ci")).session_id == "s0"
+
+
+@awaited
+async def test_sessions_that_nobody_can_use_any_more_are_forgotten() -> None:
+    """Thawed and never used, frozen into a window that is gone, expired as long ago again."""
+    async with catalogue() as it:
+        now = time.time()
+        for number, (state, age_s) in enumerate(
+            (
+                (SessionState.THAWED, 200),
+                (SessionState.THAWED, 50),
+                (SessionState.EXPIRED, 250),
+                (SessionState.EXPIRED, 150),
+                (SessionState.ACTIVE, 250),
+                (SessionState.DELETED, 250),
+            )
+        ):
+            await it.add_session(session(number, state=state, used_at=now - age_s))
+        await it.add_session(session(6, used_at=now - 250))
+        await it.begin_window(window(6, session_id="s6"))
+        await it.commit_window(window(6, session_id="s6"))
+        assert await it.expire(now - 100, but=["s0"]) == 1
+        left = {one.id: one.state for one in await it.sessions(None)}
+
+        assert left == {
+            "s0": SessionState.THAWED,  # it is at work just now
+            "s1": SessionState.THAWED,
+            "s3": SessionState.EXPIRED,
+            "s4": SessionState.EXPIRED,
+            "s5": SessionState.DELETED,
+            "s6": SessionState.FROZEN,
+        }
+        await it.remove_window(window(6).id)
+        assert await it.expire(now - 100) == 0
+        assert {one.id for one in await it.sessions(None)} == {"s1", "s3", "s5"}
+
+
+@awaited
+async def test_sessions_are_counted_for_each_owner() -> None:
+    async with catalogue() as it:
+        for number in range(3):
+            await it.add_session(session(number, owner="ci" if number else "other"))
+
+        assert [await it.session_count(owner) for owner in ("ci", "other", "nobody")] == [2, 1, 0]
+
+
+@awaited
+async def test_a_window_is_found_by_its_id_whatever_its_state() -> None:
+    async with catalogue() as it:
+        await it.begin_window(window())
+        assert await it.window_by_id(window().id) == window()
+        assert await it.window_by_id(window(1).id) is None
+        kept = await frozen(it, window(1))
+
+        assert await it.window_by_id(window(1).id) == kept
+
+
+@settings(max_examples=25)  # each makes a database
+@given(st.sets(st.integers(0, 3)), st.integers(1999, 2005))
+def test_sessions_that_are_at_work_do_not_expire(busy: set[int], since: int) -> None:
+    async def expired() -> None:
+        async with catalogue() as it:
+            for number in range(4):
+                await it.add_session(session(number))
+            count = await it.expire(float(since), but={f"s{number}" for number in busy})
+            gone = [one.id for one in await it.sessions(None, state=SessionState.EXPIRED)]
+
+            old = {number for number in range(4) if 2000 + number < since}
+            assert set(gone) == {f"s{number}" for number in old - busy}
+            assert count == len(gone)
+            assert await it.expire(float(since), but=[f"s{number}" for number in busy]) == 0
+
+    asyncio.run(expired())
+
+
+@awaited
+async def test_more_sessions_at_work_than_a_page_are_spared_too() -> None:
+    async with catalogue() as it:
+        await it.add_session(session())
+        busy = [f"x{number}" for number in range(2 * MOST_PAGE)]
+
+        assert await it.expire(9000.0, but=[*busy, "s0"]) == 0
+        assert await it.expire(9000.0, but=busy) == 1
+
+
+@awaited
+async def test_windows_are_counted_by_their_state() -> None:
+    async with catalogue() as it:
+        assert await it.counts() == dict.fromkeys(WindowState, 0)
+        for number in range(3):
+            await frozen(it, window(number))
+        await it.begin_window(window(3))
+        await it.begin_removal(window(0).id)
+
+        assert await it.counts() == {
+            WindowState.FREEZING: 1,
+            WindowState.FROZEN: 2,
+            WindowState.DELETING: 1,
+        }
+
+
+@awaited
+async def test_a_name_is_taken_in_every_state_and_by_its_owner_alone() -> None:
+    async with catalogue() as it:
+        await it.begin_window(window())
+        for act in (it.commit_window, it.begin_removal):
+            assert await it.has_window("w0", "ci")
+            assert not await it.has_window("w0", "other")
+            assert not await it.has_window("w1", "ci")
+            if act is it.commit_window:
+                await it.commit_window(window(), keep_active=True)
+            else:
+                await it.begin_removal(window().id)
+        assert await it.has_window("w0", "ci")
+        await it.remove_window(window().id)
+
+        assert not await it.has_window("w0", "ci")
+
+
+@awaited
+async def test_a_window_knows_whom_it_comes_from_and_who_comes_from_it() -> None:
+    async with catalogue() as it:
+        await it.add_window(window(0))
+        await it.add_window(window(1, parent_id=window(0).id))
+        for number in (2, 3):
+            await it.add_window(window(number, parent_id=window(1).id))
+        assert await it.lineage(window(0)) == ([], ["w1"])
+        assert await it.lineage(window(1, parent_id=window(0).id)) == (["w0"], ["w2", "w3"])
+        last = window(3, parent_id=window(1).id)
+        assert await it.lineage(last) == (["w1", "w0"], [])
+
+        await it.remove_window(window(0).id)  # of whom nothing is known any more
+        assert await it.lineage(last) == (["w1"], [])
+
+
+@awaited
+async def test_a_circle_of_parents_has_an_end() -> None:
+    """Nobody makes one; a catalogue that somebody changed may have it."""
+    async with catalogue() as it:
+        one, other = (window(n, parent_id=window(1 - n).id) for n in (0, 1))
+        await it.add_window(one)
+        await it.add_window(other)
+        ancestors, clones = await it.lineage(one)
+
+        assert set(ancestors) == {"w0", "w1"}
+        assert clones == ["w1"]
+
+
+@awaited
+async def test_a_window_that_was_repaired_may_have_another_size() -> None:
+    async with catalogue() as it:
+        kept = await frozen(it, window())
+        await frozen(it, window(1))
+        await it.note_bytes(kept.id, 2**40)
+
+        assert await it.window("w0", "ci") == replace(kept, bytes=2**40)
+        assert await it.usage("ci") == (2, 2**40 + 4096)
+
+
+@awaited
+async def test_what_the_engine_found_stands_beside_what_was_promised() -> None:
+    """Only of the thaw that promised it: the session of an earlier one proves nothing."""
+    async with catalogue() as it:
+        await frozen(it, window())
+        await it.note_proof(window().id, "s1", 64)
+        assert (await it.window("w0", "ci")).receipt is None
+        promised = {"session_id": "s1", "usable_tokens": 64}
+        await it.note_receipt(window().id, promised)
+        await it.note_proof(window().id, "s0", 32)
+        assert (await it.window("w0", "ci")).receipt == promised
+        await it.note_proof(window().id, "s1", 64)
+        assert (await it.window("w0", "ci")).receipt == {**promised, "cached_tokens": 64}
+        await it.note_receipt(window().id, {**promised, "session_id": "s2"})
+        await it.note_proof("nobody", "s2", 1)
+
+        assert "cached_tokens" not in ((await it.window("w0", "ci")).receipt or {})
+
+
+@settings(max_examples=25)  # each makes a database
+@given(st.lists(st.sets(st.sampled_from(["a", "A", "ab", "", "%", '"', "ü"])), max_size=5))
+def test_windows_are_found_by_a_tag_as_it_was_written(tags: list[set[str]]) -> None:
+    """Neither by a part of it nor in other letters; each once."""
+
+    async def found() -> None:
+        async with catalogue() as it:
+            for number, own in enumerate(tags):
+                await it.add_window(window(number, tags=(*own, *own)))
+            for tag in ("a", "A", "ab", "", "%", '"', "ü", "b"):
+                names = [one.name for one in await it.windows("ci", tag=tag)]
+                wanted = [f"w{number}" for number, own in enumerate(tags) if tag in own]
+                assert sorted(names) == wanted
+                page = await it.windows("ci", tag=tag, begin=1, most=1)
+                assert [one.name for one in page] == names[1:2]
+            assert len(await it.windows("ci")) == len(tags)
+
+    asyncio.run(found())
+
+
+@awaited
+async def test_readers_do_not_wait_for_who_writes() -> None:
+    async with catalogue() as it:
+        await frozen(it, window())
+        async with it._changing():
+            for _ in range(2 * CONNECTIONS):
+                assert (await it.window("w0", "ci")).name == "w0"
+
+
+@awaited
+async def test_it_keeps_as_many_connections_as_it_opened_first() -> None:
+    """hive counts its descriptors: they are the same from its start on."""
+    async with catalogue() as it:
+        file = str(it._engine.url.database)
+        before = descriptors(file)
+        await asyncio.gather(*(frozen(it, window(number)) for number in range(20)))
+        await asyncio.gather(*(it.windows(None) for _ in range(20)))
+
+        assert descriptors(file) == before
+        assert before >= CONNECTIONS
+
+
+def descriptors(file: str) -> int:
+    """How often this process has it open."""
+    links = [f"/proc/self/fd/{fd}" for fd in os.listdir("/proc/self/fd")]
+    return sum(os.path.realpath(link) == file for link in links)
 
 
 KEYS: tuple[Sort, ...] = ("name", "created_at", "tokens", "bytes")

@@ -27,6 +27,10 @@ from hive.events import (
     RequestRefused,
     RequestRetried,
     RetriesEnded,
+    SessionMoved,
+    ThawProved,
+    WindowOperationEnded,
+    WindowsCounted,
     WorkerEnded,
     WorkerExited,
     WorkerMoved,
@@ -171,6 +175,93 @@ def test_an_opening_breaker_is_one_line_with_its_count_of_failures(lines: Lines)
 
     assert (line["level"], line["worker"], line["new"]) == ("error", "m-0", "open")
     assert line["failures"] == 5
+
+
+# ── Windows ─────────────────────────────────────────────────────────────────────────────────────
+
+DONE = WindowOperationEnded("freeze", "w", "s1", "m", 1.23456789, blocks=3, bytes=4096)
+
+
+def test_what_was_done_with_a_window_is_one_line(lines: Lines) -> None:
+    """(R115)"""
+    logs.write(DONE)
+    (line,) = lines()
+    del line["timestamp"]
+
+    assert line == {
+        "event": "window operation done",
+        "level": "info",
+        "logger": "hive",
+        "operation": "freeze",
+        "session_id": "s1",
+        "window_name": "w",
+        "model": "m",
+        "blocks_stored": 3,
+        "bytes": 4096,
+        "duration_ms": 1234.6,
+    }
+
+
+@pytest.mark.parametrize("error", list(every_error()), ids=lambda cls: cls.code)
+def test_what_failed_with_a_window_is_at_its_errors_level(
+    lines: Lines, error: type[HiveError]
+) -> None:
+    """With the same fields, and the error's code (R113, R115)."""
+    logging.getLogger().setLevel(logging.DEBUG)
+    logs.write(replace(DONE, code=error.code))
+    (line,) = lines()
+
+    assert (line["event"], line["level"]) == ("window operation failed", error.level)
+    assert line["error_code"] == error.code
+    told = [line[key] for key in ("operation", "session_id", "window_name", "duration_ms")]
+    assert told == ["freeze", "s1", "w", 1234.6]
+
+
+def test_a_code_that_nobody_knows_is_an_error(lines: Lines) -> None:
+    logs.write(replace(DONE, code="SOMETHING_ELSE"))
+
+    assert lines()[0]["level"] == "error"
+
+
+def test_a_session_that_moves_is_one_line(lines: Lines) -> None:
+    logs.write(SessionMoved("s1", "m", "ACTIVE", "FROZEN"))
+    (line,) = lines()
+
+    assert (line["event"], line["level"]) == ("session moved", "info")
+    told = (line["session"], line["model"], line["old"], line["new"])
+    assert told == ("s1", "m", "ACTIVE", "FROZEN")
+
+
+@pytest.mark.parametrize(
+    ("cached", "event", "level"),
+    [
+        (512, "thaw proved", "info"),
+        (513, "thaw proved", "info"),
+        (511, "thaw not proved", "warning"),
+        (0, "thaw not proved", "warning"),
+    ],
+)
+def test_a_thaw_that_kept_its_promise_is_told_otherwise_than_one_that_did_not(
+    lines: Lines, cached: int, event: str, level: str
+) -> None:
+    logs.write(ThawProved("w", "s1", "m", 512, cached))
+    (line,) = lines()
+
+    assert (line["event"], line["level"]) == (event, level)
+    assert (line["promised_tokens"], line["cached_tokens"]) == (512, cached)
+
+
+def test_how_many_windows_there_are_is_for_the_metrics_alone(lines: Lines) -> None:
+    logs.write(WindowsCounted("FROZEN", 3))
+
+    assert lines() == []
+
+
+def test_alembic_says_nothing_of_each_start(lines: Lines) -> None:
+    logging.getLogger("alembic.runtime.migration").info("Context impl SQLiteImpl.")
+    logging.getLogger("alembic.runtime.migration").warning("something is wrong")
+
+    assert [line["event"] for line in lines()] == ["something is wrong"]
 
 
 @pytest.mark.parametrize("path", ["/livez", "/readyz", "/metrics"])

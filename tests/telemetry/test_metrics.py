@@ -20,6 +20,9 @@ from hive.events import (
     RequestRefused,
     RequestRetried,
     RetriesEnded,
+    ThawProved,
+    WindowOperationEnded,
+    WindowsCounted,
     WorkerEnded,
     WorkerExited,
     WorkerMoved,
@@ -30,7 +33,8 @@ from hive.events import (
 )
 from hive.policy.deadlines import Phase
 from hive.policy.lifecycle import State
-from hive.telemetry.metrics import LAG_S, Metrics
+from hive.policy.windows import WindowState
+from hive.telemetry.metrics import LAG_S, OPERATIONS, Metrics
 from tests.patience import awaited, until
 
 WORKERS = (("m-0", "m"), ("m-1", "m"), ("n-0", "n"))
@@ -283,6 +287,67 @@ def test_other_facts_change_nothing() -> None:
     metrics.hear(WorkerRestartPlanned("m-0", "m", 1.0, 1, 5))
 
     assert scraped(metrics) == before
+
+
+# ── Windows ─────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_the_windows_series_exist_from_the_start() -> None:
+    present = scraped(Metrics(WORKERS))
+
+    for state in WindowState:
+        assert present["hive_windows", (("state", state),)] == 0
+    for operation in ("freeze", "thaw", "clone", "delete", "verify", "repair"):
+        assert operation in OPERATIONS
+        labels = (("operation", operation),)
+        assert present["hive_window_operation_seconds_count", labels] == 0
+    for kind in ("promised", "cached"):
+        assert present["hive_thaw_tokens_total", (("kind", kind),)] == 0
+
+
+def test_how_many_windows_there_are_is_what_was_counted_last() -> None:
+    metrics = Metrics(WORKERS)
+    for count in (3, 2):
+        metrics.hear(WindowsCounted("FROZEN", count))
+    metrics.hear(WindowsCounted("FREEZING", 1))
+
+    assert value(metrics, "hive_windows", state="FROZEN") == 2
+    assert value(metrics, "hive_windows", state="FREEZING") == 1
+    assert value(metrics, "hive_windows", state="DELETING") == 0
+
+
+def test_what_is_done_with_windows_is_timed_and_its_failures_are_counted() -> None:
+    metrics = Metrics(WORKERS)
+    done = WindowOperationEnded("freeze", "w", "s", "m", 1.5, blocks=3, bytes=4096)
+    metrics.hear(done)
+    metrics.hear(replace(done, seconds=0.5, code="STORAGE_WRITE_FAILED"))
+    metrics.hear(replace(done, operation="thaw"))
+
+    assert value(metrics, "hive_window_operation_seconds_count", operation="freeze") == 2
+    assert value(metrics, "hive_window_operation_seconds_sum", operation="freeze") == 2.0
+    assert value(metrics, "hive_window_operation_seconds_sum", operation="thaw") == 1.5
+    failures = {k: v for k, v in scraped(metrics).items() if k[0] == "hive_window_failures_total"}
+    labels = (("code", "STORAGE_WRITE_FAILED"), ("operation", "freeze"))
+    assert failures == {("hive_window_failures_total", labels): 1}
+
+
+def test_what_thaws_promised_and_what_engines_found_are_added_up() -> None:
+    metrics = Metrics(WORKERS)
+    for promised, cached in ((512, 512), (256, 0)):
+        metrics.hear(ThawProved("w", "s", "m", promised, cached))
+
+    assert value(metrics, "hive_thaw_tokens_total", kind="promised") == 768
+    assert value(metrics, "hive_thaw_tokens_total", kind="cached") == 512
+
+
+@given(st.text(), st.text())
+def test_no_name_of_a_window_or_a_session_becomes_a_label(window: str, session: str) -> None:
+    told, usual = Metrics(WORKERS), Metrics(WORKERS)
+    for metrics, (one, other) in ((told, (window, session)), (usual, ("w", "s"))):
+        metrics.hear(WindowOperationEnded("thaw", one, other, "m", 1.0))
+        metrics.hear(ThawProved(one, other, "m", 1, 1))
+
+    assert scraped(told) == scraped(usual)
 
 
 # ── The event loop ──────────────────────────────────────────────────────────────────────────────

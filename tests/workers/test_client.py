@@ -2,6 +2,7 @@
 
 import asyncio
 import socket
+import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import ExitStack, asynccontextmanager
 from pathlib import Path
@@ -126,3 +127,71 @@ async def test_what_must_succeed_tells_the_status_that_it_got(path: Path) -> Non
         assert await client.must("POST", "/x?status=201", {}) == b"said"
         with pytest.raises(ProbeFailed, match="status 500"):
             await client.must("POST", "/x?status=500", {})
+
+
+@awaited
+async def test_an_answer_is_waited_for_so_long_and_no_longer(path: Path) -> None:
+    with socket.socket(socket.AF_UNIX) as silent:
+        silent.bind(str(path))
+        silent.listen(8)
+        async with EngineClient(path, "m") as client:
+            began = time.monotonic()
+            with pytest.raises(ProbeFailed, match="POST /x: TimeoutError"):
+                await client.ask("POST", "/x", {}, within_s=0.2)
+
+            assert 0.15 < time.monotonic() - began < 30
+
+
+# ── Over TCP ────────────────────────────────────────────────────────────────────────────────────
+
+
+@asynccontextmanager
+async def on_tcp(path: Path) -> AsyncIterator[tuple[EngineClient, web.AppRunner]]:
+    """One that has no unix socket: the path leads nowhere."""
+    bodies: list[bytes] = []
+
+    async def answer(request: web.Request) -> web.Response:
+        bodies.append(await request.read())
+        return web.Response(status=int(request.query.get("status", 200)), body=bodies[-1])
+
+    app = web.Application()
+    app.router.add_route("*", "/{path:.*}", answer)
+    runner = web.AppRunner(app)
+    await runner.setup()
+    await web.TCPSite(runner, "127.0.0.1", 0).start()
+    address = f"http://127.0.0.1:{runner.addresses[0][1]}"
+    async with EngineClient(path, "m", address) as client:
+        yield client, runner
+    await runner.cleanup()
+
+
+@awaited
+async def test_who_has_an_address_is_asked_there(path: Path) -> None:
+    async with on_tcp(path) as (client, _):
+        assert await client.is_listening()
+        assert await client.is_healthy("/healthcheck")
+        assert not await client.is_healthy("/healthcheck?status=503")
+        assert await client.ask("POST", "/x?status=422", {"a": 1}) == (422, b'{"a": 1}')
+
+
+@awaited
+async def test_who_is_gone_from_his_address_neither_listens_nor_answers(path: Path) -> None:
+    async with on_tcp(path) as (client, runner):
+        await runner.cleanup()
+
+        assert not await client.is_listening()
+        assert not await client.is_healthy("/healthcheck")
+        with pytest.raises(ProbeFailed, match="GET /x: "):
+            await client.ask("GET", "/x")
+
+
+@awaited
+async def test_who_is_busy_at_his_address_listens(path: Path) -> None:
+    with socket.socket() as slow:
+        slow.bind(("127.0.0.1", 0))
+        slow.listen(8)
+        address = f"http://127.0.0.1:{slow.getsockname()[1]}"
+        async with EngineClient(path, "m", address) as client:
+            assert await client.is_listening()
+            with pytest.raises(ProbeFailed, match="GET /x: TimeoutError"):
+                await client.ask("GET", "/x", within_s=0.1)

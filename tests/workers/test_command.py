@@ -16,6 +16,7 @@ from hive.settings import Model
 from hive.workers.client import EngineClient, ProbeFailed
 from hive.workers.command import CommandEngine
 from hive.workers.process import Place
+from hive.workers.site import Site
 from tests.doubles import engine_command
 from tests.patience import awaited, short_directory, wait_until
 
@@ -55,6 +56,34 @@ def test_a_program_that_is_not_there_is_named() -> None:
         engine(["no-such-program", "{socket}"]).launch(PLACE, ("cpu",), None, 0)
 
     assert "'command'" in caught.value.suggested_action
+
+
+def test_a_command_with_windows_is_told_of_lmcache(tmp_path: Path) -> None:
+    """Where it is, by which path it knows the model, and how many tokens a chunk has."""
+    command = ["sh", "{socket}", "--kv={kv}", "{kv_path}", "{kv_chunk}:{kv_chunk}"]
+    given = {"engine": "command", "device": "cpu", "command": command, "windows": True}
+    made = CommandEngine("llama", Model.model_validate(given), Site(tmp_path, 11, 12, 64))
+    launch = made.launch(PLACE, ("cpu",), None, 0)
+
+    assert launch.identity is not None
+    assert launch.identity.chunk_tokens == 64
+    assert Path(launch.kv_path).parent == tmp_path / "m"
+    assert launch.argv[2:] == ["--kv=127.0.0.1:11", launch.kv_path, "64:64"]
+    again = made.launch(Place(Path("/run/hive/w/2"), Path("/dev/null")), ("cpu",), None, 0)
+    assert again.kv_path == launch.kv_path
+    both = made.launch(PLACE, ("cuda:0", "cuda:1"), "A,B", 0)
+    assert both.kv_path != launch.kv_path  # each has a part of a chunk only
+
+
+def test_a_command_without_windows_is_told_nothing_of_lmcache(tmp_path: Path) -> None:
+    command = ["sh", "{socket}", "{kv}{kv_path}{kv_chunk}"]
+    given = {"engine": "command", "device": "cpu", "command": command}
+    made = CommandEngine("llama", Model.model_validate(given), Site(tmp_path, 11, 12, 64))
+    launch = made.launch(PLACE, ("cpu",), None, 0)
+
+    assert launch.argv[2:] == ["{kv}{kv_path}{kv_chunk}"]
+    assert (launch.identity, launch.kv_path) == (None, "")
+    assert list(tmp_path.iterdir()) == []
 
 
 # ── Environment ─────────────────────────────────────────────────────────────────────────────────

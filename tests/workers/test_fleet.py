@@ -1,5 +1,8 @@
 """All workers of one hive: what each is planned to be, and which one takes a request."""
 
+import asyncio
+import os
+import signal
 from collections.abc import AsyncIterator, Iterator
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import replace
@@ -11,9 +14,9 @@ import pytest
 from hive.devices.nvml import Device, Driver
 from hive.devices.watch import Devices
 from hive.errors import HiveError, ModelNotFound, NotFound
-from hive.events import Announcer
+from hive.events import Announcer, Event, WorkerMoved, WorkerStarted
 from hive.policy.admission import Ticket
-from hive.policy.lifecycle import State
+from hive.policy.lifecycle import AT_REST, State
 from hive.settings import Settings
 from hive.workers.admission import Permit
 from hive.workers.command import CommandEngine
@@ -22,8 +25,8 @@ from hive.workers.ledger import Ledger
 from hive.workers.preflight import prepare_directories
 from hive.workers.vllm import VllmEngine
 from hive.workers.worker import HINT_S, Worker
-from tests.doubles import engine_command
-from tests.patience import awaited, short_directory
+from tests.doubles import engine_command, lmcache_command
+from tests.patience import awaited, short_directory, until
 from tests.workers.standing import admitted, standing
 
 COMMAND = engine_command("--uds", "{socket}", "--model", "{model}")
@@ -38,11 +41,13 @@ def home() -> Iterator[Path]:
         yield directory
 
 
-def fleet_of(home: Path, models: dict[str, Any], **sections: Any) -> Fleet:
+def fleet_of(
+    home: Path, models: dict[str, Any], announcer: Announcer | None = None, **sections: Any
+) -> Fleet:
     server = {"state_dir": home / "s", "runtime_dir": home / "r", "drain_s": 7}
     settings = Settings.model_validate({"server": server, "models": models, **sections})
     prepare_directories(settings)
-    announcer = Announcer()
+    announcer = announcer or Announcer()
     resolved = {f"cuda:{n}": Device(n, uuid, "a GPU") for n, uuid in enumerate(UUIDS)}
     devices = Devices(Driver(), resolved, announcer)
     ledger = Ledger(home / "s" / "ledger", announcer.announce)
@@ -306,3 +311,248 @@ async def test_a_fleet_that_stops_starts_none_of_its_workers(home: Path) -> None
         with pytest.raises(HiveError) as caught:
             await fleet.release_worker(workers[2])
         assert caught.value.details["reason"] == "draining"
+
+
+# ── The LMCache server beside them ──────────────────────────────────────────────────────────────
+
+BESIDE = ("--kv", "{kv}", "--kv-model", "{kv_path}", "--kv-chunk", "{kv_chunk}")
+KEPT = {**CPU, "command": [*COMMAND, *BESIDE], "windows": True}
+SMALL = {"kv_ram_gib": 0.1, "kv_tier_gib": 0.01}
+QUICK = {"backoff_s": 0.01, "backoff_max_s": 0.05}
+
+
+def cached(
+    home: Path, *flags: str, announcer: Announcer | None = None, **models: dict[str, Any]
+) -> Fleet:
+    """A fleet whose LMCache is the double with these flags."""
+    windows = {**SMALL, "kv_server": lmcache_command(*flags)}
+    given = models or {"m": KEPT}
+    timeouts = {"cleanup_s": 1}
+    return fleet_of(
+        home, given, announcer, windows=windows, timeouts=timeouts, restarts={**QUICK, "starts": 9}
+    )
+
+
+@asynccontextmanager
+async def up(fleet: Fleet) -> AsyncIterator[Worker]:
+    """All of it READY; the LMCache server."""
+    assert fleet.cache is not None
+    async with fleet.running():
+        await fleet.start()
+        for worker in fleet.everyone():
+            await worker.wait_for(State.READY, State.FAILED)
+            assert worker.state is State.READY, worker.reason
+        yield fleet.cache
+
+
+def kill(worker: Worker) -> None:
+    assert worker.life
+    assert worker.life.tree
+    os.kill(worker.life.tree.pid, signal.SIGKILL)
+
+
+def test_without_windows_there_is_no_lmcache(home: Path) -> None:
+    fleet = fleet_of(home, {"m": CPU})
+
+    assert (fleet.site, fleet.cache, fleet.cache_is_up) == (None, None, False)
+    assert fleet.everyone() == [fleet.worker("m-0")]
+    assert fleet.cache_view(fleet.worker("m-0")) is None
+    assert not fleet.has_cache(fleet.worker("m-0"))
+
+
+def test_lmcache_is_a_worker_of_no_model_and_no_gpu(home: Path) -> None:
+    fleet = cached(home, a=KEPT, b=CPU)
+    assert fleet.cache is not None
+    plan = fleet.cache.plan
+
+    assert [worker.id for worker in fleet.everyone()] == ["lmcache", "a-0", "b-0"]
+    assert fleet.worker("lmcache") is fleet.cache
+    assert (plan.model, plan.devices, plan.visible, plan.drain_s) == ("", ("cpu",), None, 0)
+    assert plan.log == home / "s" / "logs" / "lmcache.log"
+    assert plan.beside is None
+    assert fleet.worker("a-0").plan.beside is not None
+    assert fleet.worker("b-0").plan.beside is None
+    assert set(fleet.doors) == {"a", "b"}
+    with pytest.raises(NotFound) as caught:
+        fleet.worker("c-0")
+    assert caught.value.details["allowed"] == ["a-0", "b-0", "lmcache"]
+
+
+@awaited
+async def test_an_engine_starts_when_lmcache_is_ready_and_others_do_not_wait(home: Path) -> None:
+    told: list[Event] = []
+    announcer = Announcer()
+    announcer.listen(told.append)
+    fleet = cached(home, "--load-s", "1", announcer=announcer, a=KEPT, b=CPU)
+    async with up(fleet) as cache:
+        started = [event.worker for event in told if isinstance(event, WorkerStarted)]
+        ready = [e.worker for e in told if isinstance(e, WorkerMoved) and e.new == State.READY]
+        assert sorted(started) == ["a-0", "b-0", "lmcache"]
+        assert started.index("lmcache") < started.index("a-0")
+        assert ready.index("lmcache") < ready.index("a-0")
+        begun = next(n for n, e in enumerate(told) if getattr(e, "worker", "") == "a-0")
+        assert begun < told.index(WorkerMoved("lmcache", "", "LOADING", "READY", cache.reason))
+        a, b = fleet.worker("a-0"), fleet.worker("b-0")
+        assert (fleet.cache_view(a), fleet.cache_view(b)) == ("ok", None)
+        assert fleet.has_cache(a)
+        assert fleet.cache_is_up
+        assert cache.life is not None
+        assert cache.life.tree is not None
+        assert cache.life.tree.pid in fleet.pids()
+
+
+@awaited
+async def test_engines_end_before_their_lmcache(home: Path) -> None:
+    """What they still have is stored then."""
+    told: list[Event] = []
+    announcer = Announcer()
+    announcer.listen(told.append)
+    fleet = cached(home, announcer=announcer)
+    async with up(fleet):
+        pass
+    ended = [e.worker for e in told if isinstance(e, WorkerMoved) and e.new == State.STOPPED]
+
+    assert ended == ["m-0", "lmcache"]
+    assert list((home / "r" / "w").iterdir()) == []
+
+
+@awaited
+async def test_an_idle_engine_whose_lmcache_was_started_anew_is_restarted(home: Path) -> None:
+    """It would never find it again by itself (LMCache #4642). One at a time."""
+    fleet = cached(home, a={**KEPT, "device": None, "replicas": ["cpu", "cpu"]}, b=CPU)
+    async with up(fleet) as cache:
+        kill(cache)
+        await cache.wait_for(State.STOPPING, State.STARTING)
+        assert fleet.cache_view(fleet.worker("a-0")) == "lost"
+        both = [fleet.worker("a-0"), fleet.worker("a-1")]
+        await until(lambda: all(fleet.cache_view(one) == "ok" for one in both), "their restart")
+
+        assert cache.counts.starts == 2
+        assert [worker.counts.starts for worker in both] == [2, 2]
+        assert [worker.counts.unasked for worker in both] == [(), ()]
+        assert fleet.worker("b-0").counts.starts == 1
+
+
+@awaited
+async def test_an_engine_that_works_goes_on_and_is_restarted_when_it_is_done(home: Path) -> None:
+    fleet = cached(home)
+    async with up(fleet) as cache:
+        worker = fleet.worker("m-0")
+        permit = await let_in(fleet)
+        for starts in (2, 3):
+            kill(cache)
+            await until(lambda: cache.counts.starts == starts, "its restart")  # noqa: B023
+            await cache.wait_for(State.READY)
+            assert (worker.state, worker.counts.starts) == (State.READY, 1)
+            assert fleet.cache_view(worker) == "lost"
+            assert not fleet.has_cache(worker)
+        permit.finished()
+        await until(lambda: fleet.has_cache(worker), "the engine's restart")
+
+        assert worker.counts.starts == 2
+
+
+@awaited
+async def test_a_fleet_that_stops_restarts_nothing_for_its_cache(home: Path) -> None:
+    fleet = cached(home)
+    async with up(fleet) as cache:
+        permit = await let_in(fleet)
+        kill(cache)
+        await until(lambda: cache.counts.starts == 2, "its restart")
+        await cache.wait_for(State.READY)
+        fleet.refuse()
+        permit.finished()
+        await fleet.stop(drain=True)
+
+        assert fleet.worker("m-0").counts.starts == 1
+        assert {worker.state for worker in fleet.everyone()} == {State.STOPPED}
+
+
+@pytest.fixture
+def broken(home: Path) -> Path:
+    """An LMCache that ends at once for as long as this file is there."""
+    (home / "broken").touch()
+    return home / "broken"
+
+
+def failing(home: Path, broken: Path, **restarts: Any) -> Fleet:
+    script = f'if [ -e {broken} ]; then exit 1; fi; exec "$@"'
+    windows = {**SMALL, "kv_server": ["sh", "-c", script, "sh", *lmcache_command()]}
+    return fleet_of(home, {"m": KEPT}, windows=windows, restarts={**QUICK, **restarts})
+
+
+@awaited
+async def test_without_lmcache_an_engines_start_fails_and_is_tried_again(
+    home: Path, broken: Path
+) -> None:
+    """As often as the restart policy allows, and no more."""
+    fleet = failing(home, broken, starts=2)
+    async with fleet.running():
+        await fleet.start()
+        worker = fleet.worker("m-0")
+        await worker.wait_for(State.FAILED)
+        assert worker.error is not None
+        assert worker.error.code == "KV_SERVER_UNREACHABLE"
+        assert "The LMCache server is FAILED" in worker.error.message
+        assert "hive worker start lmcache" in worker.error.suggested_action
+        assert len(worker.counts.unasked) == 2
+        assert worker.counts.starts == 0
+        assert fleet.cache_view(worker) == "none"
+        assert (await refused(fleet)).details["reason"] == "worker_failed"
+
+
+@awaited
+async def test_an_engine_is_there_again_when_lmcache_is(home: Path, broken: Path) -> None:
+    """Nobody has to start it: it is only tried again."""
+    fleet = failing(home, broken, starts=0)
+    worker, cache = fleet.worker("m-0"), fleet.cache
+    assert cache is not None
+    policy = replace(worker.plan.restarts, starts=1000)
+    worker.plan = replace(worker.plan, restarts=policy)
+    async with fleet.running():
+        await fleet.start()
+        await cache.wait_for(State.FAILED)
+        await until(lambda: worker.counts.unasked, "the engine's start to fail")
+        broken.unlink()
+        await cache.start()
+        await worker.wait_for(State.READY, *AT_REST)
+
+        assert (worker.state, worker.counts.starts) == (State.READY, 1)
+        assert fleet.cache_view(worker) == "ok"
+
+
+@awaited
+async def test_an_lmcache_that_does_not_become_ready_is_waited_for_so_long(home: Path) -> None:
+    timeouts = {"load_s": 0.3}
+    windows = {**SMALL, "kv_server": lmcache_command("--health-status", "503")}
+    fleet = fleet_of(
+        home,
+        {"m": {**KEPT, "timeouts": timeouts}},
+        windows=windows,
+        restarts={**QUICK, "starts": 1},
+    )
+    async with fleet.running():
+        await fleet.start()
+        worker = fleet.worker("m-0")
+        await worker.wait_for(State.FAILED)
+
+        assert worker.error is not None
+        assert worker.error.code == "KV_SERVER_UNREACHABLE"
+        assert worker.counts.starts == 0
+
+
+@awaited
+async def test_an_lmcache_that_cannot_even_be_started_is_not_waited_for(home: Path) -> None:
+    """Its program has gone, say: it is FAILED, and will not come up by itself."""
+    windows = {**SMALL, "kv_server": ["no-such-program"]}
+    fleet = fleet_of(home, {"m": KEPT}, windows=windows, restarts={**QUICK, "starts": 1})
+    assert fleet.cache is not None
+    async with fleet.running():
+        await fleet.start()
+        await fleet.cache.wait_for(State.FAILED)
+        worker = fleet.worker("m-0")
+        async with asyncio.timeout(2):
+            await worker.wait_for(State.FAILED)
+
+        assert worker.error is not None
+        assert worker.error.code == "KV_SERVER_UNREACHABLE"

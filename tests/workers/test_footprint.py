@@ -11,9 +11,10 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from hive.errors import ConfigInvalid
-from hive.settings import Model
+from hive.settings import Model, Settings
 from hive.workers.footprint import (
     ACTIVATION_BYTES,
+    CACHE_SERVER_BYTES,
     CUDA_BYTES,
     GIB,
     MIB,
@@ -23,6 +24,7 @@ from hive.workers.footprint import (
     WORKER_BYTES,
     Need,
     argument,
+    cache_ram,
     check_context,
     disk_needed,
     gib_down,
@@ -568,6 +570,15 @@ def test_on_cuda_only_what_is_read_whole_counts_once_for_each_device() -> None:
     assert copied is not None
     assert mapped.bytes == SERVER_BYTES + 2 * WORKER_BYTES
     assert copied.bytes == mapped.bytes + 10 * GIB
+
+
+@given(st.floats(0.1, 100_000))
+def test_lmcache_needs_its_chunks_and_its_process(gib: float) -> None:
+    need = cache_ram(Settings.model_validate({"windows": {"kv_ram_gib": gib}, "models": {}}))
+
+    assert need.bytes == int(gib * GIB) + CACHE_SERVER_BYTES
+    assert "chunks" in need.source
+    assert "process" in need.source
 
 
 def test_each_worker_may_fill_its_logs() -> None:

@@ -143,6 +143,34 @@ async def test_how_it_ended_is_waited_for_so_long_and_no_longer(home: Path) -> N
 
 
 @awaited
+async def test_where_an_engine_has_an_address_it_is_asked_there(home: Path) -> None:
+    """LMCache has no unix socket to listen on."""
+
+    async def answer(_request: web.Request) -> web.Response:
+        return web.Response(text="said")
+
+    app = web.Application()
+    app.router.add_get("/", answer)
+    runner = web.AppRunner(app)
+    await runner.setup()
+    await web.TCPSite(runner, "127.0.0.1", 0).start()
+    port = runner.addresses[0][1]
+    life = Life(1, Place(home, home / "log"), "", f"http://127.0.0.1:{port}")
+    try:
+        assert await life.client.ask("GET", "/") == (200, b"said")
+    finally:
+        await life.close()
+        await runner.cleanup()
+
+
+@awaited
+async def test_before_it_was_started_nothing_is_known_of_its_start(home: Path) -> None:
+    async with living(home) as life:
+        assert life.launch is None
+        assert life.cache_life == 0  # no start of LMCache has this number
+
+
+@awaited
 async def test_before_there_is_a_process_it_consists_of_none(home: Path) -> None:
     async with living(home) as life:
         assert life.see_pids() == life.pids == set()

@@ -5,6 +5,7 @@ import os
 import stat
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Collection, Iterator
@@ -31,8 +32,10 @@ from hive.errors import (
 from hive.settings import Settings
 from hive.workers.footprint import disk_needed
 from hive.workers.host import available_ram
+from hive.workers.lmcache import TEMPORARY
 from hive.workers.preflight import (
     Finding,
+    before_cache,
     before_start,
     check,
     own_processes,
@@ -785,6 +788,160 @@ def test_too_little_disk_ends_the_start(home: Path) -> None:
     assert begin(needed - 1).startswith(
         "INSUFFICIENT_DISK server.state_dir and server.runtime_dir: "
     )
+
+
+# ── LMCache ─────────────────────────────────────────────────────────────────────────────────────
+
+KEPT = {**COMMAND, "command": ["sh", "{socket}", "{kv}"], "windows": True}
+SMALL = {"kv_ram_gib": 0.1, "kv_tier_gib": 0.01, "kv_server": ["sh"]}
+
+
+def beside(state: Path, *models: dict[str, Any], **windows: Any) -> Settings:
+    return Settings.model_validate(
+        {
+            "server": {"state_dir": state, "runtime_dir": state.parent / "r"},
+            "windows": {**SMALL, **windows},
+            "models": {f"m{number}": model for number, model in enumerate(models or (KEPT,))},
+        }
+    )
+
+
+@pytest.fixture
+def state(home: Path) -> Path:
+    (home / "s").mkdir(mode=0o700)
+    return home / "s"
+
+
+def of_cache(wanted: Settings) -> dict[str, Finding]:
+    findings, _ = check(wanted, Driver())
+    return {one.subject: one for one in findings if one.subject.startswith("LMCache")}
+
+
+def cache_error(wanted: Settings) -> HiveError:
+    """The one that hive would end with, and that ends the server's start, too."""
+    (error,) = (finding.error for finding in of_cache(wanted).values() if finding.error)
+    with pytest.raises(type(error)) as caught:
+        before_cache(wanted)
+    assert caught.value.message == error.message
+    return error
+
+
+def test_lmcaches_program_and_the_room_for_its_files_are_told(state: Path) -> None:
+    told = of_cache(beside(state))
+
+    assert {subject: one.error for subject, one in told.items()} == {
+        "LMCache": None,
+        "LMCache: disk": None,
+    }
+    assert told["LMCache"].found.endswith("/sh")
+    assert told["LMCache: disk"].found == f"{state} has room for 0.01 GiB of KV blocks"
+    before_cache(beside(state))
+
+
+def test_without_windows_nothing_is_said_of_lmcache(state: Path) -> None:
+    assert of_cache(beside(state, COMMAND, kv_server=["no-such"])) == {}
+    assert list(state.iterdir()) == []
+
+
+def test_its_directories_are_made_for_hives_user_alone(state: Path) -> None:
+    before_cache(beside(state))
+
+    for path in ("kv", f"kv/{TEMPORARY}", "windows"):
+        assert mode(state / path) == 0o700, path
+        assert not [one for one in (state / path).iterdir() if one.is_file()], path
+
+
+def test_a_check_makes_no_directories_where_hive_never_ran(home: Path) -> None:
+    told = of_cache(beside(home / "none"))
+
+    assert not any(one.error for one in told.values())
+    assert not (home / "none").exists()
+
+
+def test_a_missing_lmcache_is_told_beside_what_else_is_wrong(state: Path) -> None:
+    told = of_cache(beside(state, kv_server=["no-such"], kv_tier_gib=900_000))
+
+    assert isinstance(told["LMCache"].error, WorkerSpawnFailed)
+    assert isinstance(told["LMCache: disk"].error, InsufficientDisk)
+
+
+def test_what_the_tier_has_already_needs_no_room_again(state: Path) -> None:
+    about = os.statvfs(state)
+    gib = about.f_bavail * about.f_frsize / GIB + 5
+    wanted = beside(state, kv_tier_gib=gib)
+    assert isinstance(cache_error(wanted), InsufficientDisk)
+    (state / "kv").mkdir(exist_ok=True)
+    with (state / "kv" / "block.data").open("wb") as block:
+        block.truncate(10 * GIB)  # it says so; it takes no room
+
+    before_cache(wanted)
+
+
+def test_too_little_host_memory_ends_lmcaches_start(state: Path) -> None:
+    wanted = beside(state, kv_ram_gib=90_000)
+    with pytest.raises(InsufficientRam, match="LMCache: chunks"):
+        before_cache(wanted)
+    (error,) = (one.error for one in check(wanted, Driver())[0] if one.error)
+
+    assert isinstance(error, InsufficientRam)
+
+
+def test_a_chunk_that_is_no_multiple_of_the_block_size_is_refused(state: Path) -> None:
+    error = cache_error(beside(state, {**KEPT, "args": ["--block-size=48"]}))
+
+    assert isinstance(error, ConfigInvalid)
+    assert "no multiple of the block size of model m0, 48" in error.message
+
+
+def test_a_hub_id_cannot_have_windows(state: Path, python: Path, model_dir: Path) -> None:
+    """What it stands for may change, and blocks of one be taken for another's."""
+    kept = vllm("org/m", python, windows=True)
+    error = cache_error(beside(state, kept))
+
+    assert isinstance(error, ConfigInvalid)
+    assert error.message.startswith("models.m0: windows = true needs the model's files")
+    before_cache(beside(state, {**kept, "path": str(model_dir)}, vllm("org/m", python)))
+
+
+@pytest.mark.parametrize("name", ["a@b", "s" * 150])
+def test_a_state_dir_that_lmcache_cannot_name_blocks_in_is_refused(home: Path, name: str) -> None:
+    (home / name).mkdir()
+    error = cache_error(beside(home / name))
+
+    assert isinstance(error, ConfigInvalid)
+    assert error.message.startswith(f"server.state_dir: {home}/{name} cannot be a part")
+
+
+@pytest.mark.skipif(
+    not os.access("/dev/shm", os.W_OK) or os.stat("/dev/shm").st_dev == os.stat("/tmp").st_dev,
+    reason="there is no second file system to write to",
+)
+def test_windows_on_another_file_system_than_the_tier_are_refused(state: Path) -> None:
+    """They share their blocks as hard links."""
+    with tempfile.TemporaryDirectory(dir="/dev/shm") as elsewhere:
+        (state / "windows").symlink_to(elsewhere)
+        error = cache_error(beside(state))
+
+        assert list(Path(elsewhere).iterdir()) == []
+    assert isinstance(error, ConfigInvalid)
+    assert error.message.startswith(f"server.state_dir: {state} cannot hold KV blocks")
+    assert "hard links" in error.suggested_action
+    assert not list((state / "kv" / TEMPORARY).iterdir())
+
+
+def test_what_an_earlier_check_left_is_no_obstacle(state: Path) -> None:
+    before_cache(beside(state))
+    (state / "windows" / ".link-test").touch()
+    (state / "kv" / TEMPORARY / ".link-test").touch()
+
+    before_cache(beside(state))
+    assert not list((state / "windows").iterdir())
+
+
+def test_a_file_where_a_directory_belongs_is_told(state: Path) -> None:
+    (state / "kv").touch()
+
+    assert isinstance(cache_error(beside(state)), ConfigInvalid)
 
 
 # ── What is hive's own, and what is worst ───────────────────────────────────────────────────────

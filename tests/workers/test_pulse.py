@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from aiohttp import web
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -21,6 +22,7 @@ from hive.workers.client import EngineClient, ProbeFailed
 from hive.workers.pulse import (
     ABORT_S,
     FIRST_S,
+    HEALTHY_S,
     LISTENING_S,
     REFUSALS,
     WATCH_S,
@@ -68,7 +70,13 @@ class Scripted(EngineClient):
         self.looked.append(time.monotonic())
         return self.listens
 
-    async def ask(self, method: str, path: str, body: Any = None) -> tuple[int, bytes]:
+    async def ask(
+        self,
+        method: str,
+        path: str,
+        body: Any = None,
+        within_s: float = 0,  # noqa: ARG002
+    ) -> tuple[int, bytes]:
         assert (method, path, body) == ("GET", "/metrics", None)
         self.asked.append(time.monotonic())
         running, waiting, made = self.running, self.waiting, self.made
@@ -650,6 +658,106 @@ async def test_an_engine_whose_socket_is_left_over_is_gone() -> None:
     assert it.hung == [NOBODY]
 
 
+# ── Who is asked for its health ─────────────────────────────────────────────────────────────────
+
+
+class Patient:
+    """A server that says how it is: `status`, or nothing at all while it is None."""
+
+    def __init__(self) -> None:
+        self.status: int | None = 200
+        self.told: list[int] = []  # it says these first
+        self.asked: list[int | None] = []
+
+    async def answer(self, request: web.Request) -> web.Response:
+        assert request.path == "/healthcheck"
+        status = self.told.pop(0) if self.told else self.status
+        self.asked.append(status)
+        if status is None:
+            await asyncio.Event().wait()
+        return web.Response(status=status or 0)
+
+
+@asynccontextmanager
+async def cared_for(monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[tuple[Watched, Patient]]:
+    """A pulse that asks a real server, often; no request of a client goes there."""
+    monkeypatch.setattr("hive.workers.pulse.HEALTHY_S", 0.02)
+    monkeypatch.setattr("hive.workers.client.HEALTH_S", 0.3)
+    patient, app = Patient(), web.Application()
+    app.router.add_get("/healthcheck", patient.answer)
+    runner = web.AppRunner(app, shutdown_timeout=0.1)
+    await runner.setup()
+    await web.TCPSite(runner, "127.0.0.1", 0).start()
+    it = Watched(0, has_gauges=False, health_path="/healthcheck")
+    address = f"http://127.0.0.1:{runner.addresses[0][1]}"
+    async with EngineClient(Path("/nowhere"), "", address) as client:
+        it.pulse._client = client
+        async with asyncio.TaskGroup() as tasks:
+            tasks.create_task(it.pulse.run(), name="pulse")
+            yield it, patient
+            it.pulse.stop()
+    await it.engine.close()
+    await runner.cleanup()
+
+
+@awaited
+async def test_who_is_well_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    async with cared_for(monkeypatch) as (it, patient):
+        await until(lambda: len(patient.asked) > 20, "many checks")
+
+        assert it.hung == []
+
+
+@pytest.mark.parametrize("status", [503, 500, 404, 204, None])
+@awaited
+async def test_who_fails_three_checks_in_a_row_is_condemned_once(
+    status: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Who takes the connection and says nothing, too."""
+    async with cared_for(monkeypatch) as (it, patient):
+        failed: list[int] = []
+
+        def hung(why: str) -> None:
+            it.hung.append(why)
+            failed.append(len(patient.asked))
+
+        it.pulse._hung = hung
+        patient.told, patient.status = [200], status
+        await until(lambda: it.hung, "the verdict")
+        assert failed == [1 + REFUSALS]
+        patient.status = 503
+        await until(lambda: len(patient.asked) > 3 * REFUSALS, "more of them")
+
+    assert it.hung == ["it failed 3 health checks in a row"]
+
+
+@awaited
+async def test_who_fails_two_checks_and_then_none_is_not(monkeypatch: pytest.MonkeyPatch) -> None:
+    async with cared_for(monkeypatch) as (it, patient):
+        patient.told = [*[503] * (REFUSALS - 1), 200] * 3
+        await until(lambda: len(patient.asked) > 3 * REFUSALS, "it to be well again")
+
+        assert it.hung == []
+
+
+@awaited
+async def test_it_is_asked_while_requests_run_as_well(monkeypatch: pytest.MonkeyPatch) -> None:
+    async with cared_for(monkeypatch) as (it, patient):
+        it.pulse.began(1)
+        patient.status = 503
+        await until(lambda: it.hung, "the verdict")
+        it.pulse.ended(1)
+
+
+@pytest.mark.parametrize(("path", "rest_s"), [(None, LISTENING_S), ("/healthcheck", HEALTHY_S)])
+@awaited
+async def test_only_who_has_a_path_is_asked_more_often(path: str | None, rest_s: float) -> None:
+    it = Watched(0, health_path=path)
+    await it.engine.close()
+
+    assert it.pulse._rest_s == rest_s
+
+
 # ── Processes ───────────────────────────────────────────────────────────────────────────────────
 
 
@@ -663,6 +771,7 @@ def process(code: str) -> Iterator[subprocess.Popen[bytes]]:
 
 
 BUSY = "while True: pass"
+PYTHON = Path(sys.executable).name[:15]  # of a process; it may be read before it has it
 IDLE = "import time; time.sleep(600)"
 
 
@@ -702,8 +811,7 @@ async def test_without_gauges_an_engine_that_computes_gets_on_and_one_that_stand
 async def test_a_stopped_process_makes_no_progress_whatever_the_gauges_say() -> None:
     """(R051)"""
     with process(BUSY) as child:
-        name = Path(f"/proc/{child.pid}/comm").read_text().strip()
-        async with watched(os.getpid(), vital=(name[:15],), longest_s=1.5) as it:
+        async with watched(os.getpid(), vital=(PYTHON,), longest_s=1.5) as it:
             await until(lambda: cpu_of([child.pid])[0], "it to compute")
             child.send_signal(signal.SIGSTOP)
             it.begin(1)
@@ -718,8 +826,7 @@ async def test_a_stopped_process_makes_no_progress_whatever_the_gauges_say() -> 
 async def test_a_process_that_goes_on_after_a_stop_gets_on_while_bytes_flow() -> None:
     """What was seen in a silence is forgotten when it speaks again."""
     with process(BUSY) as child:
-        name = Path(f"/proc/{child.pid}/comm").read_text().strip()
-        async with watched(os.getpid(), vital=(name[:15],), longest_s=3) as it:
+        async with watched(os.getpid(), vital=(PYTHON,), longest_s=3) as it:
             it.begin(1)
             await until(lambda: cpu_of([child.pid])[0], "it to compute")
             child.send_signal(signal.SIGSTOP)

@@ -1,5 +1,6 @@
 """The `vllm` engine: its command line and environment, and how its task is found out."""
 
+import json
 import os
 import sys
 from collections.abc import AsyncIterator
@@ -15,6 +16,7 @@ from hive.settings import Model
 from hive.workers.client import EngineClient
 from hive.workers.footprint import vram_needed
 from hive.workers.process import Launch, Place
+from hive.workers.site import Site
 from hive.workers.vllm import VITAL, VllmEngine, files_of, on_cuda, python_of
 from tests.patience import awaited, short_directory
 
@@ -255,6 +257,60 @@ def test_what_is_passed_on_is_free_when_the_preflight_has_found_its_need(
 
     assert need is not None
     assert float(given) * TOTAL + 0.5 * GIB <= need.bytes
+
+
+# ── LMCache beside it ───────────────────────────────────────────────────────────────────────────
+
+
+def beside(state: Path, **more: Any) -> Launch:
+    given = {"engine": "vllm", "device": "cpu", "python": sys.executable, "windows": True, **more}
+    made = VllmEngine("llama", Model.model_validate(given), Site(state, 11, 12, 256))
+    assert made.model.device
+    return made.launch(PLACE, made.model.device, None, 0)
+
+
+def test_vllm_is_told_of_lmcache_with_limits(model_dir: Path, tmp_path: Path) -> None:
+    """One that hangs must not hang the engine, and one that is lost loses no request."""
+    started = beside(tmp_path, path=str(model_dir))
+    connector = json.loads(after(started, "--kv-transfer-config") or "")
+
+    assert (connector["kv_connector"], connector["kv_role"]) == ("LMCacheMPConnector", "kv_both")
+    assert connector["kv_load_failure_policy"] == "recompute"
+    extra = connector["kv_connector_extra_config"]
+    assert (extra["lmcache.mp.host"], extra["lmcache.mp.port"]) == ("tcp://127.0.0.1", 11)
+    assert 0 < extra["lmcache.mp.heartbeat_interval"] <= extra["lmcache.mp.mq_timeout"] <= 5
+    assert "--enable-prompt-tokens-details" in started.argv
+    assert "--enable-scale-out" in started.argv
+
+
+def test_the_path_that_names_the_blocks_is_a_link_to_the_model(
+    model_dir: Path, tmp_path: Path
+) -> None:
+    started = beside(tmp_path, path=str(model_dir))
+    path = Path(started.kv_path)
+
+    assert after(started, "--model") == started.kv_path
+    assert path.parent == tmp_path / "m"
+    assert path.readlink() == model_dir
+    assert started.env["HF_HUB_OFFLINE"] == "1"
+    assert started.identity is not None
+    assert (started.identity.path, started.identity.block_size) == (str(model_dir), 128)
+
+
+def test_other_arguments_have_blocks_of_their_own(model_dir: Path, tmp_path: Path) -> None:
+    one = beside(tmp_path, path=str(model_dir))
+    other = beside(tmp_path, path=str(model_dir), args=["--dtype", "half"])
+
+    assert one.kv_path != other.kv_path
+    assert beside(tmp_path, path=str(model_dir)).kv_path == one.kv_path
+    assert other.argv[-2:] == ["--dtype", "half"]  # the operator's come last here, too
+
+
+def test_a_model_without_windows_hears_nothing_of_lmcache(model_dir: Path, tmp_path: Path) -> None:
+    started = beside(tmp_path, path=str(model_dir), windows=False)
+
+    assert started.argv == launch(path=str(model_dir)).argv
+    assert (started.identity, started.kv_path) == (None, "")
 
 
 # ── The engine's Python ─────────────────────────────────────────────────────────────────────────

@@ -7,8 +7,10 @@ from typing import Protocol
 
 from tests.doubles.engine.asks import Json, encoded, error
 from tests.doubles.engine.knobs import Knobs
+from tests.doubles.engine.kv import Kv, Prompt
 from tests.doubles.engine.scheduler import Generation, Scheduler
 from tests.doubles.engine.shapes import Shape
+from tests.doubles.engine.tokens import text_ids
 from tests.doubles.engine.tracebacks import DEAD
 from tests.doubles.engine.wire import JSON, Connection, Request, chunk, head
 
@@ -93,8 +95,27 @@ class Answer:
         self._desk = desk
         self._connection = connection
         self._head_is_out = False
+        self._prompts: list[Prompt] = []
+        self._is_computed = False
         connection.on_gone = self._gone
         connection.on_drained = self.generation.resume
+
+    def look_up(self, kv: Kv, salt: str, ids: list[list[int]]) -> None:
+        """Ask what of its prompts is cached; it waits for its turn when that is known."""
+        scheduler, left = self._desk.scheduler, len(ids)
+        self._prompts = [Prompt(kv, salt, one) for one in ids]
+
+        def found() -> None:
+            nonlocal left
+            left -= 1
+            # Of many prompts, vLLM tells of the last one.
+            self.shape.ask.cached_tokens = self._prompts[-1].cached
+            if not left and not self.generation.is_over:
+                scheduler.submit(self.generation)
+
+        scheduler.hold(self.generation)
+        for prompt in self._prompts:
+            prompt.look_up(found)
 
     def open(self) -> None:
         """vLLM sends the head of a stream before the request has a seat."""
@@ -103,6 +124,10 @@ class Answer:
             self._connection.open_stream()
 
     def tokens(self, first: int, end: int) -> bool:
+        if not self._is_computed:
+            self._is_computed = True
+            for prompt in self._prompts:
+                prompt.computed()
         if self.streams:
             self._begin()
             if first < end:
@@ -111,6 +136,7 @@ class Answer:
         return not self._connection.is_full
 
     def finished(self) -> None:
+        self._store()
         made = self.generation.generated
         if self.streams:
             self._connection.send(self.shape.closing(made, self.reason))
@@ -153,7 +179,14 @@ class Answer:
             if opening := self.shape.opening():
                 self._connection.send(opening)
 
+    def _store(self) -> None:
+        if self._is_computed:
+            for part in range(self.generation.parts if self._prompts else 0):
+                text = self.shape.text(part, self.generation.generated)
+                self._prompts[part // self.shape.ask.n].ended(text_ids(text))
+
     def _gone(self) -> None:
+        self._store()
         self.generation.abort()
         self._end("aborted", 200 if self._head_is_out else None)
 

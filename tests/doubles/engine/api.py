@@ -9,8 +9,18 @@ from collections.abc import Callable
 from typing import Protocol
 
 from tests.doubles.engine.answers import Answer, Seen
-from tests.doubles.engine.asks import Json, Refused, encoded, error, multipart, words
+from tests.doubles.engine.asks import (
+    Json,
+    Refused,
+    encoded,
+    error,
+    multipart,
+    new_id,
+    salt_of,
+    words,
+)
 from tests.doubles.engine.knobs import DIE_HOWS, Knobs
+from tests.doubles.engine.kv import Kv
 from tests.doubles.engine.once import Embeddings, Pooling, Rerank, Score, Transcription
 from tests.doubles.engine.responses import Responses
 from tests.doubles.engine.scheduler import Scheduler
@@ -38,6 +48,9 @@ INFERENCE: dict[str, type[Shape]] = {
 }
 
 
+RENDER = "/render"
+
+
 class Host(Protocol):
     """The process around the endpoints."""
 
@@ -56,6 +69,7 @@ class Api:
         self.knobs = knobs
         self.scheduler = scheduler
         self.host = host
+        self.kv = Kv(knobs, scheduler.loop) if knobs.kv else None
         self.answers: dict[Answer, None] = {}
         self.responses: dict[str, Json] = {}
         self.is_dead = False  # EngineCore is
@@ -78,6 +92,9 @@ class Api:
             ("GET", "/v1/models"): self._models,
             ("POST", "/tokenize"): self._tokenize,
             ("POST", "/detokenize"): self._detokenize,
+            ("POST", "/v1/chat/completions/render"): self._render,
+            ("POST", "/v1/completions/render"): self._render,
+            ("POST", "/v1/messages/render"): self._render,
             ("POST", "/v1/load_lora_adapter"): self._load_adapter,
             ("POST", "/v1/unload_lora_adapter"): self._unload_adapter,
             ("GET", "/double/requests"): self._requests,
@@ -196,7 +213,11 @@ class Api:
         self.answers[answer] = None
         if answer.streams and not faults.silent:
             answer.open()
-        self.scheduler.submit(answer.generation)
+        ids = shape.ids(shape.ask.body) if self.kv is not None else None
+        if self.kv is not None and ids is not None:
+            answer.look_up(self.kv, salt_of(shape.ask.body), ids)
+        else:
+            self.scheduler.submit(answer.generation)
 
     def _refused(self, seen: Seen, status: int | None) -> None:
         seen.end("refused", status)
@@ -205,9 +226,12 @@ class Api:
     def _shape(self, request: Request) -> Shape:
         if self.is_dead:
             raise Refused(500, DEAD)
-        kind = INFERENCE[request.path]
-        read = _form if kind is Transcription else _json
-        ask = kind.read(read(request))
+        kind = INFERENCE[request.path.removesuffix(RENDER)]
+        body = (_form if kind is Transcription else _json)(request)
+        salt_of(body)
+        ask = kind.read(body)
+        if self.kv is not None and (ids := kind.ids(body)) is not None:
+            ask.prompt_tokens = max(sum(map(len, ids)), 1)
         names = (self.knobs.model, *self._adapters)
         if self.knobs.model and ask.model not in ("", *names):
             raise Refused(404, f"The model `{ask.model}` does not exist.", "model")
@@ -234,6 +258,45 @@ class Api:
             _reply(connection, self.responses[id_])
 
     # The rest of vLLM
+
+    def _render(self, request: Request, connection: Connection) -> None:
+        """What would be generated from: every prompt as vLLM's GenerateRequest."""
+        shape = self._shape(request)
+        body, prompts = shape.ask.body, shape.ids(shape.ask.body) or []
+        base = request.headers.get("x-request-id", new_id(""))
+        prefix = "cmpl-" if isinstance(shape, Completion) else "chatcmpl-"
+        made = []
+        for index, ids in enumerate(prompts):
+            if not ids:
+                raise Refused(400, "No token_ids rendered")
+            room = max((self.knobs.max_model_len or 16384) - len(ids), 0)
+            made.append(
+                {
+                    "request_id": prefix + base + (f"-{index}" if len(prompts) > 1 else ""),
+                    "token_ids": ids,
+                    "token_offsets": None,
+                    "features": None,
+                    "content_parts": None,
+                    # Those at their defaults are left out; output_kind: deltas, or the end alone.
+                    "sampling_params": {
+                        "max_tokens": min(shape.ask.max_tokens or room, room),
+                        "output_kind": 1 if shape.ask.stream else 2,
+                        "skip_clone": True,
+                    },
+                    "model": body.get("model"),
+                    "reasoning_ended": None,
+                    "reasoning_parser_kwargs": None,
+                    "return_token_ids": None,
+                    "output_mode": "tokens",
+                    "stream": shape.ask.stream,
+                    "stream_options": body.get("stream_options") if shape.ask.stream else None,
+                    "cache_salt": body.get("cache_salt"),
+                    "priority": body.get("priority", 0),
+                    "kv_transfer_params": None,
+                    "ec_transfer_params": None,
+                }
+            )
+        _reply(connection, made if isinstance(shape, Completion) else made[0])
 
     def _health(self, request: Request, connection: Connection) -> None:  # noqa: ARG002
         ready = time.monotonic() >= self.healthy_from and not self.is_dead

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from itertools import count
 from typing import Any
 
+MOST_SALT = 128
 TAG = re.compile(r"tag=([\w.-]+)")
 DONE = b"data: [DONE]\n\n"
 ERROR_TYPES = {
@@ -73,6 +74,7 @@ class Ask:
     stream: bool = False
     include_usage: bool = False
     token_ids: bool = False
+    cached_tokens: int | None = None  # of the prompt; None: there is no KV cache
     body: Json = field(default_factory=dict)
 
     @property
@@ -105,6 +107,22 @@ def ask_of(body: Json, prompts: Iterable[object], history: object, *limits: str)
         token_ids=bool(body.get("return_token_ids")),
         body=body,
     )
+
+
+def salt_of(body: Json) -> str:
+    salt = body.get("cache_salt")
+    if salt is None:
+        return ""
+    if not isinstance(salt, str) or not salt:
+        told = "must be a non-empty string if provided."
+    elif len(salt) > MOST_SALT or set(salt) & set("@/\\\0"):
+        told = (
+            f"must be at most {MOST_SALT} characters and must not contain '@', '/', '\\\\', or NUL."
+        )
+    else:
+        return salt
+    message = f"Parameter 'cache_salt' {told} (parameter=cache_salt)"
+    raise Refused(400, message, "cache_salt")
 
 
 def multipart(body: bytes, content_type: str) -> Json:

@@ -37,7 +37,29 @@ def knob(default: Any, meaning: str, choices: tuple[str, ...] = (), *, fixed: bo
 
 
 @dataclass
-class Knobs:
+class Settable:
+    """Fields made with `knob`, set together or not at all."""
+
+    def set(self, changes: Mapping[str, object], *, running: bool = True) -> None:
+        """Apply all the changes or, with a ValueError, none."""
+        known = {f.name: f for f in fields(self)}
+        checked = {}
+        for name, value in changes.items():
+            if name not in known:
+                raise ValueError(f"no knob {name!r}; there are: {', '.join(known)}")
+            knob_ = known[name]
+            if running and knob_.metadata["fixed"]:
+                raise ValueError(f"{name} means something at the start only")
+            checked[name] = _checked(name, knob_.type, knob_.metadata["choices"], value)
+        for name, value in checked.items():
+            setattr(self, name, value)
+
+    def as_dict(self) -> dict[str, object]:
+        return asdict(self)
+
+
+@dataclass
+class Knobs(Settable):
     # Where and what it serves
     uds: str = knob("", "listen on this unix socket", fixed=True)
     control: str = knob("", "listen here too, from the very start: for the test", fixed=True)
@@ -48,6 +70,7 @@ class Knobs:
         "a JSON file with a list of knob objects: each start takes the first away and applies it",
         fixed=True,
     )
+    dtype: str = knob("", "vLLM's own argument; the double computes with none", fixed=True)
     max_life_s: float = knob(
         600.0, "every process of the double ends itself after this", fixed=True
     )
@@ -65,6 +88,21 @@ class Knobs:
     kv_tokens: int = knob(100_000, "KV cache size in tokens, for the usage gauge")
     abort_s: float = knob(0.0, "an aborted request keeps its seat for this long; inf: for ever")
     term_s: float = knob(0.0, "a clean exit after SIGTERM takes this long")
+
+    # Where its KV cache is kept besides (tests/doubles/lmcache)
+    kv: str = knob("", "HOST:PORT of the LMCache double; empty: no KV cache at all", fixed=True)
+    kv_model: str = knob("", "the model's path in the names of blocks", fixed=True)
+    kv_chunk: int = knob(256, "tokens of a chunk, as the LMCache double has it")
+    kv_workers: int = knob(1, "tensor-parallel size")
+    kv_timeout_s: float = knob(
+        0.5, "a question to the LMCache double that takes longer is the last one of this life"
+    )
+    kv_start_s: float = knob(
+        0.0,
+        "wait so long for the LMCache double, then exit 1 without it, as vLLM does (after 300 s);"
+        " 0: start without it",
+        fixed=True,
+    )
 
     # How it answers
     health_status: int = knob(200, "status of /health")
@@ -127,23 +165,6 @@ class Knobs:
     noise: float = knob(0.0, "log lines a second, on stdout and stderr in turn")
     log_prompts: bool = knob(False, "log every request with its prompt, as vLLM can")
 
-    def set(self, changes: Mapping[str, object], *, running: bool = True) -> None:
-        """Apply all the changes or, with a ValueError, none."""
-        known = {f.name: f for f in fields(self)}
-        checked = {}
-        for name, value in changes.items():
-            if name not in known:
-                raise ValueError(f"no knob {name!r}; there are: {', '.join(known)}")
-            knob_ = known[name]
-            if running and knob_.metadata["fixed"]:
-                raise ValueError(f"{name} means something at the start only")
-            checked[name] = _checked(name, knob_.type, knob_.metadata["choices"], value)
-        for name, value in checked.items():
-            setattr(self, name, value)
-
-    def as_dict(self) -> dict[str, object]:
-        return asdict(self)
-
 
 def _checked(name: str, kind: object, choices: tuple[str, ...], value: object) -> object:
     if kind is float or kind == float | None:
@@ -168,7 +189,24 @@ def parse(argv: list[str]) -> Knobs:
         description="A stand-in for vLLM that can be told to misbehave."
         " Most knobs can be set later too: POST /double/knobs {name: value}.",
     )
-    for f in fields(Knobs):
+    add_flags(parser, Knobs)
+    knobs = Knobs()
+    try:
+        knobs.set(vars(parser.parse_args(argv)), running=False)
+        if knobs.script:
+            knobs.set(_next_act(knobs.script), running=False)
+    except ValueError as exc:
+        parser.error(str(exc))
+    if not knobs.uds:
+        parser.error("--uds is required")
+    if knobs.vram_mib and "NVML_DOUBLE" not in os.environ:
+        parser.error("--vram-mib needs NVML_DOUBLE in the environment")
+    return knobs
+
+
+def add_flags(parser: ArgumentParser, kind_of_knobs: type[Settable]) -> None:
+    """A flag for every knob."""
+    for f in fields(kind_of_knobs):
         flag, meaning = "--" + f.name.replace("_", "-"), f.metadata["meaning"]
         if f.metadata["fixed"]:
             meaning += " (at the start only)"
@@ -184,18 +222,6 @@ def parse(argv: list[str]) -> Knobs:
             metavar=None if f.metadata["choices"] else kind.__name__.upper(),  # type: ignore[union-attr]
             help=meaning,
         )
-    knobs = Knobs()
-    try:
-        knobs.set(vars(parser.parse_args(argv)), running=False)
-        if knobs.script:
-            knobs.set(_next_act(knobs.script), running=False)
-    except ValueError as exc:
-        parser.error(str(exc))
-    if not knobs.uds:
-        parser.error("--uds is required")
-    if knobs.vram_mib and "NVML_DOUBLE" not in os.environ:
-        parser.error("--vram-mib needs NVML_DOUBLE in the environment")
-    return knobs
 
 
 def _next_act(script: str) -> dict[str, object]:

@@ -139,6 +139,7 @@ class Scheduler:
         self.loop = loop
         self.running: dict[Generation, None] = {}  # in order of arrival
         self.waiting: deque[Generation] = deque()
+        self.held: dict[Generation, None] = {}  # until it is known what of them is cached
         self.prompt_tokens = 0
         self.generation_tokens = 0
         self.finished: Counter[str] = Counter()
@@ -152,9 +153,13 @@ class Scheduler:
 
     @property
     def waiting_parts(self) -> int:
-        return sum(g.parts for g in self.waiting)
+        return sum(g.parts for g in (*self.held, *self.waiting))
+
+    def hold(self, generation: Generation) -> None:
+        self.held[generation] = None
 
     def submit(self, generation: Generation) -> None:
+        self.held.pop(generation, None)
         self.waiting.append(generation)
         self._admit()
 
@@ -163,6 +168,8 @@ class Scheduler:
             del self.running[generation]
         elif generation in self.waiting:
             self.waiting.remove(generation)
+        elif generation in self.held:
+            del self.held[generation]
         else:
             return
         self.finished[reason] += generation.parts
@@ -175,7 +182,7 @@ class Scheduler:
         self._admit()
 
     def everyone(self) -> list[Generation]:
-        return [*self.running, *self.waiting]
+        return [*self.running, *self.held, *self.waiting]
 
     def _admit(self) -> None:
         while self.waiting:

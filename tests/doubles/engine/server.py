@@ -14,6 +14,7 @@ from tests.doubles.engine.answers import Answer
 from tests.doubles.engine.api import Api
 from tests.doubles.engine.asks import Json
 from tests.doubles.engine.knobs import Knobs, parse
+from tests.doubles.engine.kv import Lost
 from tests.doubles.engine.scheduler import Scheduler
 from tests.doubles.engine.tree import WATCHED, Tree, log, say
 from tests.doubles.engine.wire import Connection
@@ -88,6 +89,7 @@ class Server:
             "fds": len(os.listdir("/proc/self/fd")) - 1,
             "counts": self.api.counts,
             "dead": self.api.is_dead,
+            "kv_lost": self.api.kv is not None and self.api.kv.is_lost,
         }
 
     async def _load(self) -> None:
@@ -106,6 +108,14 @@ class Server:
             say(2, self.knobs.load_fail + "\n")
             self.stop.set_result(1)
             return
+        if self.api.kv is not None:
+            try:
+                await self.api.kv.connect(self.stop)
+            except Lost as exc:
+                say(2, log("EngineCore", "ERROR", f"ConnectionError: {exc}"))
+                self._end(1)
+            if self.stop.done():
+                return
         await self._listen(self.knobs.uds)
         self.api.healthy_from = time.monotonic() + self.knobs.warm_s
         self._plan_exit()

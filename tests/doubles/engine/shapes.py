@@ -3,6 +3,7 @@
 import time
 
 from tests.doubles.engine.asks import DONE, Ask, Json, Refused, ask_of, error, event, new_id
+from tests.doubles.engine.tokens import chat_ids, prompt_ids, text_ids
 
 
 class Shape:
@@ -20,6 +21,11 @@ class Shape:
     def read(cls, body: Json) -> Ask:
         raise NotImplementedError
 
+    @classmethod
+    def ids(cls, body: Json) -> list[list[int]] | None:  # noqa: ARG003
+        """The tokens of every prompt; None where no KV cache is kept."""
+        return None
+
     def make_id(self) -> str:
         raise NotImplementedError
 
@@ -27,6 +33,8 @@ class Shape:
         return "".join(f"{self.stems[part]}{k} " for k in range(tokens))
 
     def token(self, part: int, k: int) -> bytes:
+        if self.ask.token_ids:
+            return self.delta(part, k)
         return self._templates[part].replace(b"\0", b"%d" % k)
 
     def opening(self) -> list[bytes]:
@@ -48,12 +56,12 @@ class Shape:
         return [event(error(status, message)), DONE]
 
     def usage(self, tokens: int) -> Json:
-        made = tokens * self.ask.parts
+        made, cached = tokens * self.ask.parts, self.ask.cached_tokens
         return {
             "prompt_tokens": self.ask.prompt_tokens,
             "total_tokens": self.ask.prompt_tokens + made,
             "completion_tokens": made,
-            "prompt_tokens_details": None,
+            "prompt_tokens_details": None if cached is None else {"cached_tokens": cached},
         }
 
     def _template(self, part: int, event_bytes: int) -> bytes:
@@ -74,17 +82,23 @@ class Chat(Shape):
             raise Refused(400, "messages: Field required", "messages")
         return ask_of(body, messages[-1:], messages, "max_completion_tokens", "max_tokens")
 
+    @classmethod
+    def ids(cls, body: Json) -> list[list[int]]:
+        return [chat_ids(body, body["messages"])]
+
     def make_id(self) -> str:
         return new_id("chatcmpl-")
 
     def opening(self) -> list[bytes]:
         first = {"role": "assistant", "content": ""}
-        return [self._chunk([_choice(i, "delta", first)]) for i in range(self.ask.parts)]
+        more = self._prompt_ids()
+        return [self._chunk([_choice(i, "delta", first)], **more) for i in range(self.ask.parts)]
 
     def delta(self, part: int, k: int | str, reason: str | None = None) -> bytes:
-        choice = _choice(part, "delta", {"content": f"{self.stems[part]}{k} "}, reason)
+        text = f"{self.stems[part]}{k} "
+        choice = _choice(part, "delta", {"content": text}, reason)
         if self.ask.token_ids:
-            choice["token_ids"] = [k]
+            choice["token_ids"] = text_ids(text)
         return self._chunk([choice])
 
     def closing(self, tokens: int, reason: str) -> list[bytes]:
@@ -99,7 +113,7 @@ class Chat(Shape):
             message = {"role": "assistant", "content": self.text(i, tokens), "refusal": None}
             choices.append(_choice(i, "message", message, reason) | {"stop_reason": None})
             if self.ask.token_ids:
-                choices[i]["token_ids"] = list(range(tokens))
+                choices[i]["token_ids"] = text_ids(self.text(i, tokens))
         return {
             "id": self.id,
             "object": "chat.completion",
@@ -108,7 +122,11 @@ class Chat(Shape):
             "choices": choices,
             "usage": self.usage(tokens),
             "kv_transfer_params": None,
+            **self._prompt_ids(),
         }
+
+    def _prompt_ids(self) -> Json:
+        return {"prompt_token_ids": self.ids(self.ask.body)[0]} if self.ask.token_ids else {}
 
     def _chunk(self, choices: list[Json], **more: object) -> bytes:
         return event(
@@ -135,11 +153,20 @@ class Completion(Shape):
             ask.prompt_tokens = sum(map(len, prompt)) if many else len(prompt)
         return ask
 
+    @classmethod
+    def ids(cls, body: Json) -> list[list[int]]:
+        return prompt_ids(body["prompt"])
+
     def make_id(self) -> str:
         return new_id("cmpl-")
 
     def delta(self, part: int, k: int | str, reason: str | None = None) -> bytes:
-        choice = _choice(part, "text", f"{self.stems[part]}{k} ", reason)
+        text = f"{self.stems[part]}{k} "
+        choice = _choice(part, "text", text, reason)
+        if self.ask.token_ids:
+            if k == 0:
+                choice |= self._prompt_ids(part)
+            choice["token_ids"] = text_ids(text)
         return event(self._body([choice | {"stop_reason": None}]))
 
     def closing(self, tokens: int, reason: str) -> list[bytes]:
@@ -153,7 +180,13 @@ class Completion(Shape):
             _choice(i, "text", self.text(i, tokens), reason) | {"stop_reason": None}
             for i in range(self.ask.parts)
         ]
+        if self.ask.token_ids:
+            for i, choice in enumerate(choices):
+                choice |= {"token_ids": text_ids(self.text(i, tokens)), **self._prompt_ids(i)}
         return self._body(choices) | {"usage": self.usage(tokens)}
+
+    def _prompt_ids(self, part: int) -> Json:
+        return {"prompt_token_ids": self.ids(self.ask.body)[part // self.ask.n]}
 
     def _body(self, choices: list[Json]) -> Json:
         return {
@@ -177,13 +210,20 @@ class Messages(Shape):
             raise Refused(400, "max_tokens: Field required", "max_tokens")
         return ask_of(body, messages[-1:], [body.get("system"), *messages], "max_tokens")
 
+    @classmethod
+    def ids(cls, body: Json) -> list[list[int]]:
+        first = {"role": "system", "content": body.get("system")}
+        return [chat_ids({}, [*([first] if body.get("system") else []), *body["messages"]])]
+
     def make_id(self) -> str:
         return new_id("chatcmpl-")  # vLLM hands its chat id on
 
     def opening(self) -> list[bytes]:
         block = {"type": "text", "text": ""}
         return [
-            self._event("message_start", message=self._message([], None, 0)),
+            self._event(
+                "message_start", message=self._message([], None, self._usage(0, begin=True))
+            ),
             self._event("content_block_start", index=0, content_block=block),
         ]
 
@@ -192,7 +232,7 @@ class Messages(Shape):
         return self._event("content_block_delta", index=0, delta=text)
 
     def closing(self, tokens: int, reason: str) -> list[bytes]:
-        usage = {"input_tokens": self.ask.prompt_tokens, "output_tokens": tokens}
+        usage = self._usage(tokens)
         return [
             self.delta(0, tokens - 1),
             self._event("content_block_stop", index=0),
@@ -203,7 +243,7 @@ class Messages(Shape):
 
     def whole(self, tokens: int, reason: str) -> Json:
         content = [{"type": "text", "text": self.text(0, tokens)}]
-        return self._message(content, _stop_reason(reason), tokens)
+        return self._message(content, _stop_reason(reason), self._usage(tokens))
 
     def failing(self, status: int, message: str) -> list[bytes]:  # noqa: ARG002
         told = {"type": "internal_error", "message": message}
@@ -212,7 +252,18 @@ class Messages(Shape):
     def _event(self, name: str, **more: object) -> bytes:
         return event({"type": name, **more}, name)
 
-    def _message(self, content: list[Json], stop_reason: str | None, tokens: int) -> Json:
+    def _usage(self, tokens: int, *, begin: bool = False) -> Json:
+        """What was cached is no input; at the begin of a stream vLLM does not tell it yet."""
+        cached, total = self.ask.cached_tokens, self.ask.prompt_tokens
+        if cached is None or begin:
+            return {"input_tokens": total, "output_tokens": tokens}
+        return {
+            "input_tokens": total - cached,
+            "output_tokens": tokens,
+            "cache_read_input_tokens": cached,
+        }
+
+    def _message(self, content: list[Json], stop_reason: str | None, usage: Json) -> Json:
         return {
             "id": self.id,
             "type": "message",
@@ -221,7 +272,7 @@ class Messages(Shape):
             "model": self.model,
             "stop_reason": stop_reason,
             "stop_sequence": None,
-            "usage": {"input_tokens": self.ask.prompt_tokens, "output_tokens": tokens},
+            "usage": usage,
         }
 
 

@@ -15,6 +15,7 @@ PHRASES = {
     404: "Not Found",
     405: "Method Not Allowed",
     413: "Content Too Large",
+    422: "Unprocessable Entity",
     429: "Too Many Requests",
     431: "Request Header Fields Too Large",
     500: "Internal Server Error",

@@ -1,0 +1,1 @@
+"""Sessions and context windows: freeze, thaw, and proof; over workers and storage."""

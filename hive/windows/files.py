@@ -1,0 +1,432 @@
+"""A window's files: its manifest, and a hard link to each of its KV blocks. Everything blocks.
+
+A window is a folder, named by its id, that appears whole or not at all: it is made under another
+name, everything in it is on disk, then it is renamed. A block is LMCache's file under another
+name: nothing is copied, and LMCache's tier may lose its own name for it.
+"""
+
+import contextlib
+import errno
+import os
+import secrets
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import blake3
+import msgspec
+
+from hive.errors import (
+    InsufficientDisk,
+    StorageCorrupted,
+    StorageQuotaExceeded,
+    StorageReadFailed,
+    StorageWriteFailed,
+)
+from hive.policy.windows import Identity
+from hive.storage.catalogue import Window
+
+MANIFEST = "manifest.json"
+VERSION = 1
+UNFINISHED = ".part"
+_UNREADABLE = (errno.EIO, errno.EISDIR, errno.ELOOP)
+_FULL = (errno.ENOSPC, errno.EDQUOT)
+
+BEYOND_REPAIR = (
+    "Without its manifest nothing of the window can be recovered: delete it with "
+    "'hive window delete --force', and freeze the session again."
+)
+
+Progress = Callable[[int], None]  # hears how many blocks are done
+
+
+class Block(msgspec.Struct, frozen=True):
+    """One file: its name in the folder, bytes, and blake3 in hexadecimal digits."""
+
+    name: str
+    size: int
+    blake3: str
+
+
+class Manifest(msgspec.Struct, frozen=True):
+    """All that is needed to have a window again, also where the catalogue is lost.
+
+    `blocks` are, for each chunk in order, one file for each worker of the engine.
+    """
+
+    version: int
+    id: str
+    owner: str
+    name: str
+    session_id: str
+    model: str
+    created_at: float
+    salt: str
+    tokens: list[int]
+    hashes: list[str]
+    blocks: list[list[Block]]
+    identity: dict[str, Any]
+    conversation: dict[str, Any]
+    description: str = ""
+    tags: list[str] = []
+    parent_id: str | None = None
+
+    @property
+    def bytes(self) -> int:
+        return sum(block.size for chunk in self.blocks for block in chunk)
+
+    def window(self) -> Window:
+        """Its row in the catalogue."""
+        return Window(
+            id=self.id,
+            owner=self.owner,
+            name=self.name,
+            session_id=self.session_id,
+            model=self.model,
+            salt=self.salt,
+            created_at=self.created_at,
+            conversation=self.conversation,
+            identity=self.identity,
+            tokens=len(self.tokens),
+            blocks=len(self.blocks),
+            bytes=self.bytes,
+            description=self.description,
+            tags=tuple(self.tags),
+            parent_id=self.parent_id,
+        )
+
+
+class _Sealed(msgspec.Struct):
+    """As it is on disk: the manifest's own checksum before it."""
+
+    blake3: str
+    manifest: msgspec.Raw
+
+
+@dataclass(frozen=True, slots=True)
+class Health:
+    """Of each chunk of a window: whole, or what is wrong with the files of it."""
+
+    missing: tuple[str, ...] = ()
+    corrupt: tuple[str, ...] = ()
+
+    @property
+    def is_whole(self) -> bool:
+        return not (self.missing or self.corrupt)
+
+
+class WindowFiles:
+    """Below `directory` (0700); `tier` is LMCache's, on the same file system."""
+
+    def __init__(self, directory: Path, tier: Path) -> None:
+        self.directory, self.tier = directory, tier
+
+    def folder(self, window_id: str) -> Path:
+        return self.directory / window_id
+
+    # ── freeze ──────────────────────────────────────────────────────────────────────────────────
+
+    def begin(self, window_id: str) -> Path:
+        """An empty folder for what is being frozen. Raises StorageWriteFailed, InsufficientDisk."""
+        part = self._unfinished(window_id)
+        with _writing():
+            self.directory.mkdir(mode=0o700, exist_ok=True)
+            part.mkdir(mode=0o700)
+        return part
+
+    def take(self, part: Path, names: Sequence[Sequence[str]], told: Progress) -> list[list[Block]]:
+        """Link the tier's files of each chunk into a folder, and see each one safe on disk.
+
+        Raises FileNotFoundError for one that is not in the tier any more, StorageWriteFailed.
+        """
+        blocks: list[list[Block]] = []
+        for at, chunk in enumerate(names):
+            blocks.append([self._taken(part, at, rank, name) for rank, name in enumerate(chunk)])
+            told(at + 1)
+        return blocks
+
+    def _taken(self, part: Path, at: int, rank: int, name: str) -> Block:
+        own = part / f"{at:06d}-{rank}"
+        with _writing(FileNotFoundError):
+            own.unlink(missing_ok=True)  # of an attempt before
+            os.link(self.tier / name, own)
+            return _measured(own, is_synced=True)
+
+    def finish(self, part: Path, manifest: Manifest) -> Path:
+        """Write the manifest and give the folder its name: from then on it is whole.
+
+        Raises StorageWriteFailed, InsufficientDisk.
+        """
+        folder = self.folder(manifest.id)
+        with _writing():
+            self._write_manifest(part, manifest)
+            part.rename(folder)
+            _sync(self.directory)
+        return folder
+
+    def _write_manifest(self, folder: Path, manifest: Manifest) -> None:
+        raw = msgspec.json.encode(manifest)
+        sealed = _Sealed(blake3.blake3(raw).hexdigest(), msgspec.Raw(raw))
+        new = folder / f"{MANIFEST}.new"
+        fd = os.open(new, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
+        with open(fd, "wb") as file:
+            file.write(msgspec.json.encode(sealed))
+            file.flush()
+            os.fsync(fd)
+        new.replace(folder / MANIFEST)
+        _sync(folder)
+
+    def rewrite(self, manifest: Manifest) -> None:
+        """Replace the manifest of a window. Raises StorageWriteFailed."""
+        with _writing():
+            self._write_manifest(self.folder(manifest.id), manifest)
+
+    def clone(self, manifest: Manifest, clone: Manifest) -> None:
+        """Another window of the same blocks. Raises StorageWriteFailed, StorageCorrupted."""
+        part = self.begin(clone.id)
+        source = self.folder(manifest.id)
+        try:
+            with _writing():
+                for block in _each(manifest):
+                    with contextlib.suppress(FileNotFoundError):  # it is missing there as well
+                        os.link(source / block.name, part / block.name)
+            self.finish(part, clone)
+        except BaseException:
+            self.remove(clone.id)
+            raise
+
+    # ── what is there ───────────────────────────────────────────────────────────────────────────
+
+    def manifest(self, window_id: str) -> Manifest:
+        """Raises StorageCorrupted where it is damaged or gone, StorageReadFailed."""
+        path = self.folder(window_id) / MANIFEST
+        try:
+            raw = path.read_bytes()
+        except (FileNotFoundError, NotADirectoryError) as exc:
+            raise StorageCorrupted(
+                "The window's manifest is missing.", action=BEYOND_REPAIR
+            ) from exc
+        except OSError as exc:
+            raise StorageReadFailed(
+                f"The window's manifest cannot be read: {exc.strerror}."
+            ) from exc
+        try:
+            sealed = msgspec.json.decode(raw, type=_Sealed)
+            if blake3.blake3(bytes(sealed.manifest)).hexdigest() != sealed.blake3:
+                raise StorageCorrupted(
+                    "The window's manifest does not fit its checksum.", action=BEYOND_REPAIR
+                )
+            manifest = msgspec.json.decode(sealed.manifest, type=Manifest)
+        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as exc:
+            raise StorageCorrupted(
+                "The window's manifest cannot be understood.", action=BEYOND_REPAIR
+            ) from exc
+        if manifest.version != VERSION or manifest.id != window_id:
+            raise StorageCorrupted(
+                f"The window's manifest is of version {manifest.version}, or another window's; "
+                f"this hive reads version {VERSION}."
+            )
+        return manifest
+
+    def health(self, manifest: Manifest, told: Progress) -> list[Health]:
+        """Read every block. Raises StorageReadFailed."""
+        folder = self.folder(manifest.id)
+        found = []
+        for at, chunk in enumerate(manifest.blocks):
+            missing, corrupt = [], []
+            for block in chunk:
+                try:
+                    if _measured(folder / block.name) != block:
+                        corrupt.append(block.name)
+                except FileNotFoundError:
+                    missing.append(block.name)
+                except OSError as exc:
+                    if exc.errno not in _UNREADABLE:
+                        raise StorageReadFailed(f"A block cannot be read: {exc.strerror}.") from exc
+                    corrupt.append(block.name)  # a broken sector, say: it will not come back
+            found.append(Health(tuple(missing), tuple(corrupt)))
+            told(at + 1)
+        return found
+
+    def shared(self, manifest: Manifest) -> int:
+        """How many of its files are LMCache's as well. Raises StorageReadFailed."""
+        folder = self.folder(manifest.id)
+        try:
+            with os.scandir(self.tier) as entries:
+                there = {entry.inode() for entry in entries}
+            mine = {entry.inode() for entry in os.scandir(folder) if entry.name != MANIFEST}
+        except OSError as exc:
+            raise StorageReadFailed(f"The KV tier cannot be read: {exc.strerror}.") from exc
+        return len(mine & there)
+
+    def folders(self) -> set[str]:
+        """The ids of all windows that have a folder."""
+        if not self.directory.is_dir():
+            return set()
+        return {
+            entry.name
+            for entry in os.scandir(self.directory)
+            if entry.is_dir(follow_symlinks=False) and not entry.name.endswith(UNFINISHED)
+        }
+
+    # ── thaw and repair ─────────────────────────────────────────────────────────────────────────
+
+    def give_back(self, manifest: Manifest, chunk: int, names: Sequence[str]) -> int:
+        """Put a whole chunk's blocks into the tier, under the names that engines look for.
+
+        What is there already and is another file is replaced: nobody has checked it. How many
+        were linked. Raises StorageWriteFailed.
+        """
+        linked = 0
+        folder = self.folder(manifest.id)
+        with _writing():
+            for block, name in zip(manifest.blocks[chunk], names, strict=True):
+                own, theirs = folder / block.name, self.tier / name
+                with contextlib.suppress(FileNotFoundError):
+                    if os.path.samefile(own, theirs):
+                        continue
+                new = folder / f".{secrets.token_hex(4)}"
+                os.link(own, new)
+                new.replace(theirs)
+                linked += 1
+        return linked
+
+    def drop(self, manifest: Manifest, chunk: int, health: Health, names: Sequence[str]) -> None:
+        """Take corrupt blocks out of the window, and out of the tier where they are the same file.
+
+        LMCache neither checks what it reads nor writes what is there. Raises StorageWriteFailed.
+        """
+        folder = self.folder(manifest.id)
+        with _writing():
+            for block, name in zip(manifest.blocks[chunk], names, strict=True):
+                if block.name not in health.corrupt:
+                    continue
+                own, theirs = folder / block.name, self.tier / name
+                with contextlib.suppress(FileNotFoundError):
+                    if os.path.samefile(own, theirs):
+                        theirs.unlink()
+                if own.is_dir() and not own.is_symlink():
+                    shutil.rmtree(own)
+                else:
+                    own.unlink(missing_ok=True)
+
+    def take_again(
+        self, manifest: Manifest, chunk: int, names: Sequence[str], *, as_it_was: bool
+    ) -> list[Block] | None:
+        """The tier's files of a chunk into the window; with `as_it_was` only the very same bytes.
+
+        None where they are not there, or not the same. Raises StorageWriteFailed.
+        """
+        folder = self.folder(manifest.id)
+        found: list[Block] = []
+        with _writing():
+            for block, name in zip(manifest.blocks[chunk], names, strict=True):
+                try:
+                    theirs = _measured(self.tier / name, is_synced=True)
+                except FileNotFoundError:
+                    return None
+                mine = Block(block.name, theirs.size, theirs.blake3)
+                if as_it_was and mine != block:
+                    return None
+                found.append(mine)
+            for block, name in zip(found, names, strict=True):
+                own = folder / block.name
+                new = folder / f".{secrets.token_hex(4)}"
+                try:
+                    os.link(self.tier / name, new)
+                except FileNotFoundError:
+                    return None
+                new.replace(own)
+                new.unlink(missing_ok=True)  # of one and the same file: then nothing was renamed
+            _sync(folder)
+        return found
+
+    # ── the end ─────────────────────────────────────────────────────────────────────────────────
+
+    def remove(self, window_id: str) -> None:
+        """The folder, finished or not; removing it again does nothing. Raises StorageWriteFailed."""
+        with _writing():
+            for folder in (self.folder(window_id), self._unfinished(window_id)):
+                with contextlib.suppress(FileNotFoundError):
+                    shutil.rmtree(folder)
+            if self.directory.is_dir():
+                _sync(self.directory)
+
+    def _unfinished(self, window_id: str) -> Path:
+        return self.directory / f"{window_id}{UNFINISHED}"
+
+    def __repr__(self) -> str:
+        return f"<WindowFiles {self.directory}>"
+
+
+def made(
+    window: Window,
+    tokens: Sequence[int],
+    hashes: Sequence[bytes],
+    blocks: list[list[Block]],
+    identity: Identity,
+) -> Manifest:
+    """The manifest of a window that is frozen just now."""
+    return Manifest(
+        version=VERSION,
+        id=window.id,
+        owner=window.owner,
+        name=window.name,
+        session_id=window.session_id,
+        model=window.model,
+        created_at=window.created_at,
+        salt=window.salt,
+        tokens=list(tokens),
+        hashes=[one.hex() for one in hashes],
+        blocks=blocks,
+        identity=asdict(identity),
+        conversation=window.conversation,
+        description=window.description,
+        tags=list(window.tags),
+        parent_id=window.parent_id,
+    )
+
+
+def _each(manifest: Manifest) -> Iterator[Block]:
+    for chunk in manifest.blocks:
+        yield from chunk
+
+
+def _measured(path: Path, *, is_synced: bool = False) -> Block:
+    """A file's size and checksum; `is_synced`: it is on disk when this returns. Raises OSError."""
+    with path.open("rb") as file:
+        if is_synced:
+            os.fsync(file.fileno())
+        told = blake3.blake3()
+        while part := file.read(2**20):
+            told.update(part)
+        return Block(path.name, file.tell(), told.hexdigest())
+
+
+def _sync(directory: Path) -> None:
+    """What was made, renamed or removed in it is on disk."""
+    fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+@contextlib.contextmanager
+def _writing(*but: type[OSError]) -> Iterator[None]:
+    """The system's errors as the storage's (R102, C25), `but` some."""
+    try:
+        yield
+    except but:
+        raise
+    except OSError as exc:
+        if exc.errno == errno.EDQUOT:
+            raise StorageQuotaExceeded("The disk quota of hive's user is used up.") from exc
+        if exc.errno in _FULL:
+            raise InsufficientDisk(
+                "The disk under server.state_dir is full.",
+                action="Free space there, or delete old windows with 'hive window delete'.",
+            ) from exc
+        raise StorageWriteFailed(f"Context data could not be written: {exc.strerror}.") from exc

@@ -1,0 +1,56 @@
+"""All that keeps windows, built and tied together: catalogue, files, sessions, operations."""
+
+import asyncio
+import logging
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+
+from hive.events import Announcer
+from hive.settings import Settings
+from hive.storage.catalogue import opened
+from hive.windows.engines import Engines
+from hive.windows.files import WindowFiles
+from hive.windows.operations import GIB, Windows
+from hive.windows.recovery import recover
+from hive.windows.sessions import Sessions
+from hive.windows.tier import Tier
+from hive.workers.fleet import Fleet
+from hive.workers.site import WINDOWS
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Keeping:
+    """What the gateway needs of it."""
+
+    sessions: Sessions
+    windows: Windows
+    engines: Engines
+
+
+@asynccontextmanager
+async def keeping(
+    settings: Settings, fleet: Fleet, announcer: Announcer
+) -> AsyncIterator[Keeping | None]:
+    """Open the catalogue, end what an earlier life left half done; None where nothing has windows.
+
+    Raises ConfigInvalid, StoreUnreachable.
+    """
+    if fleet.site is None:
+        yield None
+        return
+    state = settings.server.state_dir
+    tier = Tier(fleet.site.tier, int(settings.windows.kv_tier_gib * GIB))
+    files = WindowFiles(state / WINDOWS, fleet.site.tier)
+    async with opened(state) as catalogue:
+        for line in await recover(catalogue, files):
+            log.warning("%s", line)
+        sessions = Sessions(settings, catalogue, announcer)
+        engines = Engines(settings, fleet)
+        windows = Windows(settings, catalogue, files, tier, sessions, engines, announcer)
+        await windows.count()
+        await asyncio.to_thread(tier.clear)
+        async with sessions.running(), tier.bounded():
+            yield Keeping(sessions, windows, engines)

@@ -1,0 +1,1 @@
+"""A stand-in for `lmcache server`: its HTTP, its file tier, and its ways of losing what it holds."""
