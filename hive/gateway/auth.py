@@ -3,13 +3,14 @@
 import hashlib
 import hmac
 import re
+import time
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Literal
 
 from aiohttp import web
 
-from hive.errors import Forbidden, NotFound, Unauthorized
+from hive.errors import Forbidden, NotFound, RateLimited, Unauthorized
 from hive.policy.admission import Priority
 from hive.policy.quota import Quota
 from hive.settings import ApiKey
@@ -43,6 +44,21 @@ ANYONE = Caller(
     Priority.NORMAL,
     Priority.INTERACTIVE,
 )
+
+
+def taken(caller: Caller) -> Quota:
+    """Count a request against its key; to be given back. Raises RateLimited, for this key alone (C12)."""
+    quota = caller.quota
+    if refusal := quota.take(time.monotonic()):
+        raise RateLimited(
+            f"This key has reached its limit, {refusal.limit}.",
+            reason=refusal.limit,
+            retry_after_s=refusal.wait_s,
+            current_requests=quota.in_flight,
+            max_concurrent=quota.max_concurrent,
+            requests_per_minute=quota.per_minute,
+        )
+    return quota
 
 
 def needed_scope(path: str) -> str | None:

@@ -12,7 +12,6 @@ from aiohttp import web
 from hive.errors import (
     InferenceTimeout,
     NotFound,
-    RateLimited,
     RequestTimeout,
     SessionNotFound,
     ValidationFailed,
@@ -20,7 +19,7 @@ from hive.errors import (
 from hive.events import Announcer, RequestAdmitted, RequestExpired
 from hive.gateway import wishes
 from hive.gateway.answer import ClientLeft
-from hive.gateway.auth import Caller
+from hive.gateway.auth import Caller, taken
 from hive.gateway.bodies import Asked, Body, Intake, asked_in
 from hive.gateway.clock import Clock
 from hive.gateway.relay import Relay, Unanswered
@@ -29,7 +28,6 @@ from hive.gateway.traffic import Passage
 from hive.policy import conversations
 from hive.policy.admission import Ticket
 from hive.policy.deadlines import Deadline, Due, Limits, Phase
-from hive.policy.quota import Quota
 from hive.settings import Settings
 from hive.windows.sessions import Sessions, Visit
 from hive.workers.admission import Door, Permit
@@ -115,7 +113,7 @@ class Inference:
             # The engine would decode it, and find another endpoint than the one that was judged.
             raise NotFound("There is nothing at this path.")
         passage: Passage = request["passage"]
-        quota = self._taken(request["caller"])
+        quota = taken(request["caller"])
         try:
             own_s = wishes.own_limit_s(request.headers, passage.began)
             visit: Visit | None = None
@@ -173,20 +171,6 @@ class Inference:
             raise
         passage.witness = visit
         return visit
-
-    def _taken(self, caller: Caller) -> Quota:
-        """Count a request against its key. Raises RateLimited, for this key alone (C12)."""
-        quota = caller.quota
-        if refusal := quota.take(time.monotonic()):
-            raise RateLimited(
-                f"This key has reached its limit, {refusal.limit}.",
-                reason=refusal.limit,
-                retry_after_s=refusal.wait_s,
-                current_requests=quota.in_flight,
-                max_concurrent=quota.max_concurrent,
-                requests_per_minute=quota.per_minute,
-            )
-        return quota
 
     def _ticket(self, request: web.Request, pinned: str | None) -> Ticket:
         caller: Caller = request["caller"]

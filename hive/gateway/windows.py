@@ -24,7 +24,7 @@ from hive.errors import (
     ValidationFailed,
 )
 from hive.gateway import problems
-from hive.gateway.auth import Caller
+from hive.gateway.auth import Caller, taken
 from hive.gateway.traffic import Passage
 from hive.policy.windows import SessionState, WindowState
 from hive.storage.catalogue import MOST_PAGE, Window
@@ -244,11 +244,15 @@ class WindowsApi:
         """The result as JSON; for who accepts event streams with what is done on the way."""
         passage: Passage = request["passage"]
         interrupt = Interrupt()
-        with self._one_more(), passage.ended_by(interrupt):
-            async with interrupt:
-                if "text/event-stream" not in request.headers.get("Accept", ""):
-                    return web.json_response(await work(unheard), status=status)
-                return await _streamed(request, work, passage.request_id)
+        quota = taken(_caller(request))
+        try:
+            with self._one_more(), passage.ended_by(interrupt):
+                async with interrupt:
+                    if "text/event-stream" not in request.headers.get("Accept", ""):
+                        return web.json_response(await work(unheard), status=status)
+                    return await _streamed(request, work, passage.request_id)
+        finally:
+            quota.give_back()
 
     @contextmanager
     def _one_more(self) -> Iterator[None]:

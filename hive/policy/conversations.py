@@ -82,6 +82,13 @@ def salted(body: bytes, salt: str, kind: Kind) -> bytes:
             param=SALT,
             action=f"Leave {SALT} out, or send the request without X-Hive-Session.",
         )
+    for name in ("echo", "continue_final_message"):
+        if asked.get(name):
+            raise InvalidParameter(
+                f"Invalid parameter: {name}. In a session an answer is what follows the prompt.",
+                param=name,
+                action=f"Send the request without {name}.",
+            )
     if kind is Kind.COMPLETION and not is_one_prompt(asked.get("prompt")):
         raise InvalidParameter(
             "Invalid parameter: prompt. In a session it is one text, or one list of token ids.",

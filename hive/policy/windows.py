@@ -65,6 +65,7 @@ class Identity:
     chunk_tokens: int
     block_size: int
     engine_version: str
+    arguments: str  # a fingerprint of what else the engine is told: any of it may change the blocks
 
     def differs_in(self, other: "Identity") -> list[str]:
         """The names of the fields that forbid the use of one's blocks by the other."""

@@ -35,12 +35,14 @@ from sqlalchemy import (
     update,
 )
 from sqlalchemy.exc import DatabaseError, IntegrityError, OperationalError
+from sqlalchemy.exc import TimeoutError as PoolTimeout
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_engine
 
 from hive.errors import (
     ConfigInvalid,
     InvalidStateTransition,
     SessionNotFound,
+    StorageQuotaExceeded,
     StoreUnreachable,
     WindowAlreadyExists,
     WindowNotFound,
@@ -143,16 +145,31 @@ class Catalogue:
     `owner` None means everybody's; another key's sessions and windows are not found.
     """
 
-    def __init__(self, engine: AsyncEngine, set_aside: Path | None = None) -> None:
-        """`set_aside` is the broken database that this one replaces."""
-        self.set_aside = set_aside
+    def __init__(
+        self, engine: AsyncEngine, set_aside: Path | None = None, *, is_new: bool = False
+    ) -> None:
+        """`set_aside` is the broken database that this one replaces; `is_new`: there was none, or a
+        broken one."""
+        self.set_aside, self.is_new = set_aside, is_new
         self._engine = engine
+        self._writing = asyncio.Lock()  # in turn: SQLite's own waiters have no order
         self._reading = engine.execution_options(isolation_level="AUTOCOMMIT")
 
     # ── sessions ────────────────────────────────────────────────────────────────────────────────
 
-    async def add_session(self, session: Session) -> None:
+    async def add_session(self, session: Session, most: int = 0) -> None:
+        """Raises StorageQuotaExceeded where its owner has `most` already; 0 is no limit."""
         async with self._changing() as connection:
+            if most:
+                count = select(func.count()).select_from(sessions)
+                count = count.where(sessions.c.owner == session.owner)
+                if (await connection.execute(count)).scalar_one() >= most:
+                    raise StorageQuotaExceeded(
+                        f"Storage quota exceeded: this key has {most} sessions, and may have no "
+                        "more.",
+                        action="Delete sessions with 'hive session delete', or wait until idle "
+                        "ones expire.",
+                    )
             await connection.execute(insert(sessions).values(**asdict(session)))
 
     async def session(self, session_id: str, owner: str | None) -> Session:
@@ -217,11 +234,6 @@ class Catalogue:
             await connection.execute(delete(sessions).where(is_idle, useless))
             return (await connection.execute(changed.values(state=SessionState.EXPIRED))).rowcount
 
-    async def session_count(self, owner: str) -> int:
-        wanted = select(func.count()).select_from(sessions).where(sessions.c.owner == owner)
-        async with self._looking() as connection:
-            return int((await connection.execute(wanted)).scalar_one())
-
     async def remove_session(self, session_id: str) -> None:
         """It is not found any more. Removing it again does nothing."""
         async with self._changing() as connection:
@@ -229,11 +241,23 @@ class Catalogue:
 
     # ── windows ─────────────────────────────────────────────────────────────────────────────────
 
-    async def begin_window(self, window: Window) -> None:
-        """It is being frozen: its name is taken. Raises WindowAlreadyExists."""
+    async def begin_window(self, window: Window, most: int = 0) -> None:
+        """It is being frozen: its name is taken.
+
+        Raises WindowAlreadyExists; StorageQuotaExceeded where its owner has `most` already, 0 is
+        no limit.
+        """
         values = {**asdict(window), "state": WindowState.FREEZING, "tags": list(window.tags)}
         try:
             async with self._changing() as connection:
+                if most:
+                    count = select(func.count()).select_from(windows)
+                    count = count.where(windows.c.owner == window.owner)
+                    if (await connection.execute(count)).scalar_one() >= most:
+                        raise StorageQuotaExceeded(
+                            f"Storage quota exceeded: this key has {most} windows, and may have no "
+                            "more."
+                        )
                 await connection.execute(insert(windows).values(**values))
         except IntegrityError as exc:
             raise WindowAlreadyExists(f"Window name already exists: {window.name}") from exc
@@ -381,7 +405,7 @@ class Catalogue:
     @asynccontextmanager
     async def _changing(self) -> AsyncIterator[AsyncConnection]:
         with _reached():
-            async with self._engine.begin() as connection:
+            async with self._writing, self._engine.begin() as connection:
                 yield connection
 
     @asynccontextmanager
@@ -406,6 +430,7 @@ async def opened(directory: Path) -> AsyncIterator[Catalogue]:
     if broken := await asyncio.to_thread(_what_is_broken, file):
         set_aside = await asyncio.to_thread(_set_aside, file)
         log.error("the catalogue is broken (%s) and was set aside as %s", broken, set_aside.name)
+    is_new = not file.exists()
     os.close(os.open(file, os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600))
     engine = create_async_engine(
         f"sqlite+aiosqlite:///{file}",
@@ -422,7 +447,7 @@ async def opened(directory: Path) -> AsyncIterator[Catalogue]:
             async with contextlib.AsyncExitStack() as all_of_them:
                 for _ in range(CONNECTIONS):  # hive's descriptors are the same from here on
                     await all_of_them.enter_async_context(engine.connect())
-        yield Catalogue(engine, set_aside)
+        yield Catalogue(engine, set_aside, is_new=is_new)
     finally:
         await engine.dispose()
 
@@ -494,7 +519,7 @@ def _reached() -> Iterator[None]:
         yield
     except IntegrityError:
         raise
-    except (OperationalError, DatabaseError, OSError) as exc:
+    except (OperationalError, DatabaseError, PoolTimeout, OSError) as exc:
         raise StoreUnreachable from exc
 
 

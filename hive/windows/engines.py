@@ -33,7 +33,8 @@ from hive.workers.life import EngineOver
 
 log = logging.getLogger(__name__)
 
-REQUEST_S = 120.0  # for one request to an engine, inside the operation's own limit
+BACK_PRESSURE = 503
+REQUEST_S = 300.0  # for one request to an engine, inside the operation's own limit
 CACHE_S = 5.0  # for one request to LMCache
 MOST_KEYS = 10_000  # that it takes at once
 LOOK_S = (0.01, 0.2)  # between two looks for a prefetch, first and longest
@@ -42,11 +43,19 @@ LOOK_S = (0.01, 0.2)  # between two looks for a prefetch, first and longest
 class Slot:
     """A slot of one worker, for hive's own requests to its engine."""
 
-    def __init__(self, permit: Permit, identity: Identity, shape: Shape) -> None:
+    def __init__(self, fleet: Fleet, permit: Permit, identity: Identity, shape: Shape) -> None:
         self.identity, self.shape = identity, shape
+        self._fleet = fleet
         self.worker = permit.worker.id
         self._permit = permit
         self._is_handed_on = False  # an abort gives it back
+
+    def must_have_cache(self) -> None:
+        """Raises KvServerUnreachable where what it computes is not stored any more."""
+        if not self._fleet.cache_is_up:
+            raise KvServerUnreachable(retry_after_s=10.0)
+        if not self._fleet.has_cache(self._permit.worker):
+            raise _cache_lost(self.worker)
 
     async def tokens(self, told: dict[str, Any], model: str) -> list[int]:
         """The token ids that every next request of a conversation begins with.
@@ -110,6 +119,10 @@ class Slot:
             else:
                 self._is_handed_on = True
                 pulse.aborted(weight, lambda _: permit.finished())
+        if status >= 500 and status != BACK_PRESSURE:  # noqa: PLR2004
+            permit.judge(fault=True)
+        elif status < 300:  # noqa: PLR2004
+            permit.answers()  # a breaker's probe need not wait for the rest of the operation
         return _understood(status, answer)
 
     def close(self) -> None:
@@ -126,9 +139,12 @@ def _understood(status: int, answer: bytes) -> Any:
         return told
     log.warning("the engine answered %d to hive's own request: %.500s", status, answer)
     if 400 <= status < 500:  # noqa: PLR2004
-        raise EngineUnreachable(
-            f"The engine refused what hive asked it, with status {status}.",
-            action="See hive's log for what it said: the conversation may be too long for it.",
+        raise InvalidParameter(
+            "Invalid parameter: session_id. The engine cannot go on with this conversation: it "
+            f"refused it with status {status}.",
+            param="session_id",
+            action="See hive's log for what the engine said: most likely the conversation is as "
+            "long as the model allows.",
         )
     raise EngineUnreachable(f"The engine answered with status {status}.")
 
@@ -139,6 +155,7 @@ class Engines:
     def __init__(self, settings: Settings, fleet: Fleet) -> None:
         self._fleet = fleet
         self._chunk_tokens = settings.windows.kv_chunk_tokens
+        self._cache_start = 0
         self._breaker = Breaker(settings.breaker.failures, settings.breaker.cooldown_s)
 
     @asynccontextmanager
@@ -158,7 +175,7 @@ class Engines:
             permit.finished()
             raise _cache_lost(permit.worker.id)
         shape = Shape(launch.kv_path, launch.identity.tensor_parallel_size, self._chunk_tokens)
-        slot = Slot(permit, launch.identity, shape)
+        slot = Slot(self._fleet, permit, launch.identity, shape)
         try:
             yield slot
         finally:
@@ -167,6 +184,12 @@ class Engines:
     def must_have_cache(self, model: str) -> None:
         """Raises KvServerUnreachable where none of a model's ready engines stores anything."""
         fleet = self._fleet
+        if any(worker.plan.beside is None for worker in fleet.of_model(model)):
+            raise InvalidParameter(
+                "Invalid parameter: model. It is served without context windows now.",
+                param="model",
+                action="Ask the operator to set windows = true for it again.",
+            )
         if not fleet.cache_is_up:
             raise KvServerUnreachable(retry_after_s=10.0)
         ready = [worker for worker in fleet.of_model(model) if worker.life and worker.life.pulse]
@@ -213,6 +236,9 @@ class Engines:
         cache, breaker, now = self._fleet.cache, self._breaker, time.monotonic()
         if cache is None or cache.life is None or not self._fleet.cache_is_up:
             raise KvServerUnreachable(retry_after_s=10.0)
+        if self._cache_start != cache.counts.starts:  # another process, of which nothing is known
+            self._cache_start = cache.counts.starts
+            breaker.reset()
         if not breaker.allows(now):
             raise KvServerUnreachable(
                 "The KV cache server failed repeatedly and is not asked for a while.",

@@ -26,12 +26,13 @@ from hive.errors import (
     StorageWriteFailed,
 )
 from hive.policy.windows import Identity
+from hive.settings import open_regular
 from hive.storage.catalogue import Window
 
 MANIFEST = "manifest.json"
 VERSION = 1
 UNFINISHED = ".part"
-_UNREADABLE = (errno.EIO, errno.EISDIR, errno.ELOOP)
+_UNREADABLE = (errno.EIO, errno.EISDIR, errno.ELOOP, errno.EINVAL)
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 
 BEYOND_REPAIR = (
@@ -203,7 +204,8 @@ class WindowFiles:
         """Raises StorageCorrupted where it is damaged or gone, StorageReadFailed."""
         path = self.folder(window_id) / MANIFEST
         try:
-            raw = path.read_bytes()
+            with open_regular(path, os.O_NOFOLLOW) as file:
+                raw = file.read()
         except (FileNotFoundError, NotADirectoryError) as exc:
             raise StorageCorrupted(
                 "The window's manifest is missing.", action=BEYOND_REPAIR
@@ -289,7 +291,10 @@ class WindowFiles:
                         continue
                 new = folder / f".{secrets.token_hex(4)}"
                 os.link(own, new)
-                new.replace(theirs)
+                try:
+                    new.replace(theirs)
+                finally:
+                    new.unlink(missing_ok=True)
                 linked += 1
         return linked
 
@@ -311,6 +316,21 @@ class WindowFiles:
                     shutil.rmtree(own)
                 else:
                     own.unlink(missing_ok=True)
+
+    def expel(self, manifest: Manifest, health: Sequence[Health]) -> None:
+        """Take corrupt blocks out of the tier, by whichever name they are there.
+
+        Raises StorageWriteFailed.
+        """
+        folder = self.folder(manifest.id)
+        corrupt = set()
+        with _writing():
+            for name in (name for one in health for name in one.corrupt):
+                with contextlib.suppress(FileNotFoundError):
+                    corrupt.add((folder / name).stat(follow_symlinks=False).st_ino)
+            for entry in os.scandir(self.tier):
+                if entry.inode() in corrupt and entry.is_file(follow_symlinks=False):
+                    Path(entry.path).unlink(missing_ok=True)
 
     def take_again(
         self, manifest: Manifest, chunk: int, names: Sequence[str], *, as_it_was: bool
@@ -348,9 +368,15 @@ class WindowFiles:
     def remove(self, window_id: str) -> None:
         """The folder, finished or not; removing it again does nothing. Raises StorageWriteFailed."""
         with _writing():
-            for folder in (self.folder(window_id), self._unfinished(window_id)):
-                with contextlib.suppress(FileNotFoundError):
-                    shutil.rmtree(folder)
+            unfinished = self._unfinished(window_id)
+            with contextlib.suppress(FileNotFoundError):
+                # From this moment on it is no window, however far the rest comes.
+                self.folder(window_id).rename(unfinished)
+            with contextlib.suppress(FileNotFoundError):
+                if unfinished.is_dir() and not unfinished.is_symlink():
+                    shutil.rmtree(unfinished)
+                else:
+                    unfinished.unlink()
             if self.directory.is_dir():
                 _sync(self.directory)
 
@@ -396,7 +422,8 @@ def _each(manifest: Manifest) -> Iterator[Block]:
 
 def _measured(path: Path, *, is_synced: bool = False) -> Block:
     """A file's size and checksum; `is_synced`: it is on disk when this returns. Raises OSError."""
-    with path.open("rb") as file:
+    # What is no file, or a link to one, is no block; and whoever reads it might never end.
+    with open_regular(path, os.O_NOFOLLOW) as file:
         if is_synced:
             os.fsync(file.fileno())
         told = blake3.blake3()

@@ -7,6 +7,7 @@ blocks go back into LMCache's tier, and the engine's own count at the next reque
 """
 
 import asyncio
+import contextlib
 import logging
 import random
 import re
@@ -14,8 +15,10 @@ import secrets
 import shutil
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any, TypeVar
 
 from msgspec import structs
@@ -38,6 +41,7 @@ from hive.errors import (
     StorageQuotaExceeded,
     StorageReadFailed,
     StorageWriteFailed,
+    StoreUnreachable,
     WindowAlreadyExists,
     WindowNotFound,
 )
@@ -66,6 +70,7 @@ NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,127}\Z")
 GIB = 2**30
 LIMIT_S, PER_TOKEN_S, MOST_S = 90.0, 0.01, 300.0  # of one freeze or thaw (C15)
 STALL_S = 3.0  # without another block on disk: those that lack are computed again
+THREADS = 4  # for files
 FEW = 8  # blocks, which tell too little of how large one is
 LEAST_DISK = 64 * 2**20  # bytes that must be free for blocks to be written at all
 LOOK_S = (0.01, 0.1)  # between two looks for blocks on disk, first and longest
@@ -168,6 +173,7 @@ class Windows:
                 session = await self._catalogue.session(session_id, owner)
                 if session.state is SessionState.FROZEN:  # by somebody who was first
                     raise SessionAlreadyFrozen
+                self._sessions.must_be_recorded(session_id)
                 if session.conversation is None:
                     raise InvalidStateTransition(
                         "Cannot perform this operation in current state: nothing was answered in "
@@ -187,13 +193,13 @@ class Windows:
                     tags=tuple(tags),
                 )
                 try:
-                    await self._catalogue.begin_window(window)
+                    await self._catalogue.begin_window(window, self._settings.max_windows)
                     async with _limited(LIMIT_S, began) as limit:
                         window = await self._captured(window, limit, told)
-                        await self._must_have_room(session.owner, window.bytes)
+                        await self._must_have_bytes(session.owner, window.bytes)
                     await self._catalogue.commit_window(window, keep_active=keep_active)
                 except BaseException:
-                    await asyncio.shield(self._undone(window))
+                    await _to_the_end(self._undone(window))
                     raise
                 if not keep_active:
                     self._sessions.moved(session, SessionState.FROZEN)
@@ -208,22 +214,22 @@ class Windows:
             tokens = await slot.tokens(window.conversation, window.model)
             limit.extend(_limit_s(len(tokens)))
             shape = slot.shape
-            hashes = await asyncio.to_thread(chain, tokens, shape.chunk_tokens)
+            hashes = await _in_thread(chain, tokens, shape.chunk_tokens)
             names = _names(shape, hashes, window.salt)
             flat = [name for chunk in names for name in chunk]
             with self._tier.holding(flat):
-                part = await asyncio.to_thread(self._files.begin, window.id)
+                part = await _in_thread(self._files.begin, window.id)
 
                 async def attempt(is_again: bool) -> list[list[Block]]:
                     await self._stored(slot, window, tokens, flat, told, is_again=is_again)
-                    tell = _from_thread(told, "link", len(names))
-                    blocks = await asyncio.to_thread(self._files.take, part, names, tell)
+                    tell = _Teller(told, "link", len(names))
+                    blocks = await _in_thread(self._files.take, part, names, tell, teller=tell)
                     await self._must_be_alike(blocks, names)
                     return blocks
 
                 blocks = await _retried("block_write", attempt)
         manifest = made(window, tokens, hashes, blocks, slot.identity)
-        await asyncio.to_thread(self._files.finish, part, manifest)
+        await _in_thread(self._files.finish, part, manifest)
         return manifest.window()
 
     async def _stored(
@@ -240,7 +246,8 @@ class Windows:
 
         Raises StorageWriteFailed where LMCache wrote no more of them for STALL_S.
         """
-        missing = await asyncio.to_thread(self._tier.missing, names)
+        slot.must_have_cache()
+        missing = await _in_thread(self._tier.missing, names)
         if not missing:
             told("store", len(names), len(names))
             return
@@ -251,13 +258,14 @@ class Windows:
         patience_until = time.monotonic() + STALL_S
         while True:
             told("store", len(names) - len(missing), len(names))
-            left = await asyncio.to_thread(self._tier.missing, missing)
+            slot.must_have_cache()  # else nobody stores them, and the engine waits to be restarted
+            left = await _in_thread(self._tier.missing, missing)
             if not left:
                 return
             if len(left) < len(missing):
                 patience_until = time.monotonic() + STALL_S
             elif time.monotonic() > patience_until:
-                await asyncio.to_thread(self._must_have_disk)
+                await _in_thread(self._must_have_disk)
                 raise StorageWriteFailed(
                     f"{len(left)} of {len(names)} blocks were not stored by the KV cache server."
                 )
@@ -280,7 +288,7 @@ class Windows:
         size = max((block.size for chunk in blocks for block in chunk), default=0)
         if 0 < len(names) < FEW:  # all of them may have been cut off alike
             beginning = names[0][0].rpartition("@0x")[0] + "@"
-            size = max(size, await asyncio.to_thread(self._tier.largest, beginning))
+            size = max(size, await _in_thread(self._tier.largest, beginning))
         short = [
             name
             for chunk, named in zip(blocks, names, strict=True)
@@ -298,7 +306,8 @@ class Windows:
             row = await self._catalogue.window_by_id(window.id)
             if row is not None and row.state is WindowState.FROZEN:
                 return
-            await asyncio.to_thread(self._files.remove, window.id)
+            await _in_thread(self._files.remove, window.id)
+            self._tier.look_again()
             await self._catalogue.remove_window(window.id)
         except HiveError:
             # The next start finds the row and what belongs to it, and takes both away.
@@ -308,15 +317,21 @@ class Windows:
         if await self._catalogue.has_window(name, owner):
             raise WindowAlreadyExists(f"Window name already exists: {name}")
 
-    async def _must_have_room(self, owner: str, more: int = 0) -> None:
-        """Raises StorageQuotaExceeded; `more` are bytes of a window that is counted already."""
-        count, size = await self._catalogue.usage(owner)
-        most, most_bytes = self._settings.max_windows, int(self._settings.max_gib * GIB)
-        if most and not more and count >= most:
+    async def _must_have_room(self, owner: str) -> None:
+        """For one window more. Raises StorageQuotaExceeded."""
+        count, _ = await self._catalogue.usage(owner)
+        most = self._settings.max_windows
+        if most and count >= most:
             raise StorageQuotaExceeded(
                 f"Storage quota exceeded: this key has {count} windows, and may have {most}."
             )
-        if most_bytes and size + more > most_bytes:
+        await self._must_have_bytes(owner, 0)
+
+    async def _must_have_bytes(self, owner: str, more: int) -> None:
+        """For so many more. Raises StorageQuotaExceeded."""
+        _, size = await self._catalogue.usage(owner)
+        most = int(self._settings.max_gib * GIB)
+        if most and size + more > most:
             raise StorageQuotaExceeded(
                 f"Storage quota exceeded: this key's windows would have {(size + more) / GIB:.3f} "
                 f"GiB, and may have {self._settings.max_gib:g}."
@@ -348,7 +363,7 @@ class Windows:
                 session = await self._catalogue.session(session_id, owner)
                 _must_be_of(window, session)
             async with _limited(_limit_s(window.tokens), began):
-                manifest = await asyncio.to_thread(self._files.manifest, window.id)
+                manifest = await _in_thread(self._files.manifest, window.id)
                 receipt, warnings = await self._restored(manifest, require_full, told)
             if session is None:
                 session = await self._sessions.create(
@@ -360,7 +375,11 @@ class Windows:
                     window_id=window.id,
                 )
             else:
-                more = {"conversation": window.conversation, "used_at": time.time()}
+                more = {
+                    "conversation": window.conversation,
+                    "used_at": time.time(),
+                    "window_id": window.id,
+                }
                 await self._sessions.move(session, SessionState.THAWED, **more)
                 session = replace(session, state=SessionState.THAWED)
             receipt["session_id"] = session.id
@@ -404,7 +423,7 @@ class Windows:
                         self._files.drop(manifest, at, one, names[at])
                 return linked
 
-            linked = await _retried("storage", lambda _: asyncio.to_thread(give_back))
+            linked = await _retried("storage", lambda _: _in_thread(give_back))
             told("prefetch", 0, 1)
             tokens = manifest.tokens[: found.usable_tokens]
             in_cache, of_all = await self._engines.prefetch(tokens, shape, manifest.salt)
@@ -427,10 +446,15 @@ class Windows:
         return receipt, warnings
 
     async def _health(self, manifest: Manifest, told: Progress) -> list[Health]:
-        tell = _from_thread(told, "check", len(manifest.blocks))
-        return await _retried(
-            "storage", lambda _: asyncio.to_thread(self._files.health, manifest, tell)
+        tell = _Teller(told, "check", len(manifest.blocks))
+        health = await _retried(
+            "storage", lambda _: _in_thread(self._files.health, manifest, tell, teller=tell)
         )
+        if any(one.corrupt for one in health):
+            # LMCache checks nothing, so an engine may load it at any moment, whoever asks.
+            await _in_thread(self._files.expel, manifest, health)
+            self._tier.look_again()
+        return health
 
     # ── look, clone, delete ─────────────────────────────────────────────────────────────────────
 
@@ -456,7 +480,7 @@ class Windows:
         """With its family, and how much of it LMCache has at hand."""
         window = await self.window(owner, name)
         ancestors, clones = await self._catalogue.lineage(window)
-        in_tier = await asyncio.to_thread(self._in_tier, window)
+        in_tier = await _in_thread(self._in_tier, window)
         return Status(window, ancestors, clones, in_tier)
 
     def _in_tier(self, window: Window) -> int | None:
@@ -478,7 +502,7 @@ class Windows:
         async with self._noted("clone", new_name, window) as note, self._alone(window):
             await self._must_be_free(window.owner, new_name)
             await self._must_have_room(window.owner)
-            manifest = await asyncio.to_thread(self._files.manifest, window.id)
+            manifest = await _in_thread(self._files.manifest, window.id)
             cloned = structs.replace(
                 manifest,
                 id=secrets.token_hex(16),
@@ -487,13 +511,13 @@ class Windows:
                 parent_id=window.id,
             )
             row = cloned.window()
-            await self._must_have_room(window.owner, row.bytes)
+            await self._must_have_bytes(window.owner, row.bytes)
             try:
-                await self._catalogue.begin_window(row)
-                await asyncio.to_thread(self._files.clone, manifest, cloned)
+                await self._catalogue.begin_window(row, self._settings.max_windows)
+                await _in_thread(self._files.clone, manifest, cloned)
                 await self._catalogue.commit_window(row, keep_active=True)
             except BaseException:
-                await asyncio.shield(self._undone(row))
+                await _to_the_end(self._undone(row))
                 raise
             note.blocks, note.bytes = row.blocks, row.bytes
             await self.count()
@@ -504,18 +528,17 @@ class Windows:
         window = await self.window(owner, name)
         async with self._noted("delete", name, window) as note, self._alone(window):
             note.blocks, note.bytes = window.blocks, window.bytes
-            await self._catalogue.begin_removal(window.id)
-            removing = asyncio.ensure_future(self.removed(window.id))
-            try:
-                await asyncio.shield(removing)
-            except asyncio.CancelledError:  # nobody could find it, to delete it again
-                await asyncio.wait({removing})
-                raise
+            # Half deleted nobody could find it, to delete it again.
+            await _to_the_end(self._deleted(window.id))
             await self.count()
+
+    async def _deleted(self, window_id: str) -> None:
+        await self._catalogue.begin_removal(window_id)
+        await self.removed(window_id)
 
     async def removed(self, window_id: str) -> None:
         """Its files first, its row last."""
-        await _retried("storage", lambda _: asyncio.to_thread(self._files.remove, window_id))
+        await _retried("storage", lambda _: _in_thread(self._files.remove, window_id))
         self._tier.look_again()
         await self._catalogue.remove_window(window_id)
 
@@ -525,7 +548,7 @@ class Windows:
         """Read every byte of it. Raises StorageCorrupted where its manifest is no help any more."""
         window = await self.window(owner, name)
         async with self._noted("verify", name, window) as note, self._alone(window):
-            manifest = await asyncio.to_thread(self._files.manifest, window.id)
+            manifest = await _in_thread(self._files.manifest, window.id)
             health = await self._health(manifest, told)
             note.blocks = len(health)
             return _report(name, health)
@@ -537,7 +560,7 @@ class Windows:
         began = time.monotonic()
         window = await self.window(owner, name)
         async with self._noted("repair", name, window) as note, self._alone(window):
-            manifest = await asyncio.to_thread(self._files.manifest, window.id)
+            manifest = await _in_thread(self._files.manifest, window.id)
             async with _limited(_limit_s(window.tokens), began):
                 health = await self._health(manifest, told)
                 damaged = [at for at, one in enumerate(health) if not one.is_whole]
@@ -574,7 +597,7 @@ class Windows:
                         for name in names[at]:  # whatever it is, it is not what was frozen
                             (self._tier.directory / name).unlink(missing_ok=True)
 
-            await asyncio.to_thread(recover)
+            await _in_thread(recover)
             if again:
                 lacking = [name for at in again for name in names[at]]
 
@@ -594,11 +617,11 @@ class Windows:
                                 )
                             blocks[at] = found
 
-                    await asyncio.to_thread(take)
+                    await _in_thread(take)
 
                 await _retried("block_write", attempt)
                 mended = structs.replace(manifest, blocks=blocks)
-                await asyncio.to_thread(self._files.rewrite, mended)
+                await _in_thread(self._files.rewrite, mended)
                 await self._catalogue.note_bytes(manifest.id, mended.bytes)
         whole = [Health() for _ in health]
         return replace(_report(manifest.name, whole), recovered=recovered, recomputed=len(again))
@@ -607,8 +630,9 @@ class Windows:
 
     async def count(self) -> None:
         """Tell how many there are."""
-        for state, count in (await self._catalogue.counts()).items():
-            self._announcer.announce(WindowsCounted(str(state), count))
+        with contextlib.suppress(StoreUnreachable):  # what was done is done all the same
+            for state, count in (await self._catalogue.counts()).items():
+                self._announcer.announce(WindowsCounted(str(state), count))
 
     @asynccontextmanager
     async def _alone(self, window: Window) -> AsyncIterator[None]:
@@ -783,13 +807,47 @@ def _report(name: str, health: Sequence[Health]) -> Report:
     )
 
 
-def _from_thread(told: Progress, phase: str, total: int) -> Callable[[int], None]:
-    """A thread's progress, told in the loop."""
+class _Stopped(Exception):
+    """Raised in a thread whose work nobody waits for any more."""
+
+
+class _Teller:
+    """A thread's progress, told in the loop; and the loop's wish that it stops, told in the thread."""
+
+    def __init__(self, told: Progress, phase: str, total: int) -> None:
+        self._told, self._phase, self._total = told, phase, total
+        self._loop = asyncio.get_running_loop()
+        self.is_stopped = False
+
+    def __call__(self, done: int) -> None:
+        if self.is_stopped:
+            raise _Stopped
+        if self._told is not unheard:
+            self._loop.call_soon_threadsafe(self._told, self._phase, done, self._total)
+
+
+# Its own threads: however slow the disk is, engines are started and watched meanwhile.
+_threads = ThreadPoolExecutor(THREADS, "windows")
+
+
+async def _in_thread(work: Callable[..., T], *args: Any, teller: _Teller | None = None) -> T:
+    """What blocks. Cancelled, it stops where it can, and nothing is done before it has: what undoes
+    it would be in its way."""
     loop = asyncio.get_running_loop()
-    return lambda done: None if told is unheard else _told(loop, told, phase, done, total)
+    return await _to_the_end(loop.run_in_executor(_threads, partial(work, *args)), teller)
 
 
-def _told(
-    loop: asyncio.AbstractEventLoop, told: Progress, phase: str, done: int, total: int
-) -> None:
-    loop.call_soon_threadsafe(told, phase, done, total)
+async def _to_the_end(doing: Awaitable[T], teller: _Teller | None = None) -> T:
+    """Wait for it; cancelled meanwhile, wait all the same, and be cancelled then."""
+    future = asyncio.ensure_future(doing)
+    try:
+        return await asyncio.shield(future)
+    except asyncio.CancelledError:
+        if teller is not None:
+            teller.is_stopped = True
+        while not future.done():
+            with contextlib.suppress(asyncio.CancelledError):
+                await asyncio.wait({future})
+        if not future.cancelled():
+            future.exception()  # nobody is there to be told
+        raise

@@ -15,6 +15,8 @@ from hive.windows.files import WindowFiles
 
 log = logging.getLogger(__name__)
 
+IMPORTING = ".importing"  # a file that is there until every window was had again
+
 
 async def recover(catalogue: Catalogue, files: WindowFiles) -> list[str]:
     """Bring catalogue and folders into step; a line for each thing that was done or found.
@@ -24,13 +26,15 @@ async def recover(catalogue: Catalogue, files: WindowFiles) -> list[str]:
     found: list[str] = []
     for state in (WindowState.FREEZING, WindowState.DELETING):
         for window in await catalogue.windows(None, state=state):
-            await asyncio.to_thread(files.remove, window.id)
-            await catalogue.remove_window(window.id)
             what = "was not frozen whole" if state is WindowState.FREEZING else "was being deleted"
+            if error := await _removed(files, window.id):
+                found.append(f"window {window.name} {what}, and cannot be removed: {error}")
+                continue
+            await catalogue.remove_window(window.id)
             found.append(f"window {window.name} {what}: removed")
     rows = {window.id: window for window in await _all(catalogue)}
     folders = await asyncio.to_thread(files.folders)
-    is_new = not rows and not await catalogue.sessions(None, most=1)
+    is_new = await asyncio.to_thread(_must_import, files, is_new=catalogue.is_new and bool(folders))
     for window_id in sorted(folders - set(rows)):
         if is_new:
             found.append(await _import(catalogue, files, window_id))
@@ -40,10 +44,30 @@ async def recover(catalogue: Catalogue, files: WindowFiles) -> list[str]:
         f"window {rows[window_id].name} has lost its folder: it cannot be thawed"
         for window_id in sorted(set(rows) - folders)
     ]
+    if is_new:
+        (files.directory / IMPORTING).unlink(missing_ok=True)
     for folder in await asyncio.to_thread(_unfinished, files):
-        await asyncio.to_thread(files.remove, folder.stem)
-        found.append(f"the folder {folder.name} was not finished: removed")
+        error = await _removed(files, folder.stem)
+        what = f"cannot be removed: {error}" if error else "removed"
+        found.append(f"the folder {folder.name} was not finished: {what}")
     return found
+
+
+async def _removed(files: WindowFiles, window_id: str) -> str:
+    """What keeps a folder from being removed; hive starts all the same."""
+    try:
+        await asyncio.to_thread(files.remove, window_id)
+    except HiveError as exc:
+        return exc.message
+    return ""
+
+
+def _must_import(files: WindowFiles, *, is_new: bool) -> bool:
+    """Whether windows are to be had again by their manifests, now or since an earlier start."""
+    marker = files.directory / IMPORTING
+    if is_new:
+        marker.touch(mode=0o600)
+    return marker.exists()
 
 
 async def _all(catalogue: Catalogue) -> list[Window]:

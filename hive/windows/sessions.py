@@ -16,13 +16,12 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from hive.errors import (
-    HiveError,
     InvalidParameter,
     InvalidSessionId,
     InvalidStateTransition,
     ModelNotFound,
     SessionNotActive,
-    StorageQuotaExceeded,
+    StoreUnreachable,
 )
 from hive.events import Announcer, SessionMoved, ThawProved
 from hive.policy import conversations
@@ -46,7 +45,8 @@ class _Now:
     """What happens to a session at this moment."""
 
     answering: int = 0
-    recording: set["asyncio.Future[None]"] = field(default_factory=set)
+    # Answers that are written down, each after the one before it.
+    recording: list["asyncio.Future[None]"] = field(default_factory=list)
     is_freezing: bool = False
 
     @property
@@ -104,6 +104,9 @@ class Sessions:
         self._now: dict[str, _Now] = {}
         self._changes = 0  # of states, by anybody here
         self._unproved: dict[str, tuple[str, str, int]] = {}  # by session: window and promise
+        self._behind: set[str] = set()  # whose last answer could not be written down
+        self._is_expiring = False
+        self._has_expired = asyncio.Event()
         self._tasks: asyncio.TaskGroup | None = None
 
     @asynccontextmanager
@@ -144,11 +147,6 @@ class Sessions:
                 allowed=sorted(name for name, one in self._models.items() if one.windows),
                 action="Name a model with windows = true, or ask the operator to set that.",
             )
-        if self._most and await self._catalogue.session_count(owner) >= self._most:
-            raise StorageQuotaExceeded(
-                f"Storage quota exceeded: this key has {self._most} sessions, and may have no more.",
-                action="Delete sessions with 'hive session delete', or wait until idle ones expire.",
-            )
         now = time.time()
         session = Session(
             id=secrets.token_hex(12),
@@ -160,7 +158,7 @@ class Sessions:
             state=state,
             **more,
         )
-        await self._catalogue.add_session(session)
+        await self._catalogue.add_session(session, self._most)
         self._announcer.announce(SessionMoved(session.id, model, "", str(state)))
         return session
 
@@ -181,13 +179,10 @@ class Sessions:
     async def delete(self, session_id: str, owner: str | None) -> None:
         """Its windows stay. Raises SessionNotFound; InvalidStateTransition while it is in use."""
         session = await self.find(session_id, owner)
-        now = self._now.get(session_id)
-        if now is not None and (now.answering or now.is_freezing):
-            raise InvalidStateTransition(
-                "Cannot perform this operation in current state: the session is in use."
-            )
-        await self.move(session, SessionState.DELETED)
-        await self._catalogue.remove_session(session_id)
+        with self.frozen_still(session_id):
+            session = await self._catalogue.session(session_id, owner)
+            await self.move(session, SessionState.DELETED)
+            await self._catalogue.remove_session(session_id)
 
     async def enter(
         self, session_id: str, owner: str | None, model: str, kind: Kind, body: bytes
@@ -198,10 +193,12 @@ class Sessions:
         session is another model's.
         """
         while True:
+            while self._is_expiring:
+                await self._has_expired.wait()
             changes = self._changes
             session = await self._catalogue.session(checked_id(session_id), owner)
-            if changes == self._changes:  # else it may be older than what was just decided
-                break
+            if changes == self._changes and not self._is_expiring:
+                break  # else it may be older than what was just decided
         now = self._now.get(session_id)
         if now is not None and now.is_freezing:
             raise SessionNotActive("The session is being frozen.", state="FREEZING")
@@ -230,9 +227,10 @@ class Sessions:
             return
         assert self._tasks is not None
         done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        now.recording.add(done)
+        before = now.recording[-1] if now.recording else None
+        now.recording.append(done)
         self._tasks.create_task(
-            self._record(session, kind, request, answer, is_stream, done),
+            self._record(session, kind, request, answer, is_stream, before, done),
             name=f"record:{session.id}",
         )
 
@@ -243,8 +241,11 @@ class Sessions:
         request: bytes,
         answer: bytes,
         is_stream: bool,
+        before: "asyncio.Future[None] | None",
         done: "asyncio.Future[None]",
     ) -> None:
+        if before is not None:
+            await asyncio.wait({before})
         try:
             heard = conversations.heard_in(kind, answer, is_stream=is_stream)
             if heard is None:
@@ -252,15 +253,17 @@ class Sessions:
                 return
             told = conversations.conversation(kind, request, heard)
             if await self._catalogue.spoke(session.id, told, time.time()):
+                self._behind.discard(session.id)
                 if session.state is SessionState.THAWED:
                     self._tell(session, SessionState.ACTIVE)
                 if heard.cached_tokens is not None:
                     await self._prove(session, heard.cached_tokens)
         except Exception:  # the boundary of a task nobody waits for
+            self._behind.add(session.id)
             log.exception("session %s: what was said is not recorded", session.id)
         finally:
             done.set_result(None)
-            self._now[session.id].recording.discard(done)
+            self._now[session.id].recording.remove(done)
             self._forget(session.id)
 
     def expects(self, session_id: str, window_id: str, window: str, promised_tokens: int) -> None:
@@ -286,6 +289,8 @@ class Sessions:
         receipt = window.receipt if window else None
         if window is None or not receipt or receipt.get("session_id") != session_id:
             return None
+        if "cached_tokens" in receipt:
+            return None  # it was proved
         return window.id, window.name, int(receipt["usable_tokens"])
 
     @contextmanager
@@ -304,6 +309,15 @@ class Sessions:
             now.is_freezing = False
             self._changes += 1
             self._forget(session_id)
+
+    def must_be_recorded(self, session_id: str) -> None:
+        """Raises InvalidStateTransition where the last answer is missing."""
+        if session_id in self._behind:
+            raise InvalidStateTransition(
+                "Cannot perform this operation in current state: the session's last answer could "
+                "not be written down.",
+                action="Send the last request of the session again, then freeze it.",
+            )
 
     async def recorded(self, session_id: str) -> None:
         """What was answered so far is written down when this returns."""
@@ -335,11 +349,17 @@ class Sessions:
         pause_s = min(EXPIRE_S, self._idle_s / 2)
         while True:
             await asyncio.sleep(pause_s)
-            with contextlib.suppress(HiveError):  # the database is away: later, then
-                count = await self._catalogue.expire(time.time() - self._idle_s, but=[*self._now])
-                if count:
-                    self._changes += 1
-                    log.info("%d idle sessions have expired", count)
+            self._is_expiring = True
+            self._has_expired.clear()
+            try:
+                with contextlib.suppress(StoreUnreachable):  # the database is away: later, then
+                    since = time.time() - self._idle_s
+                    if count := await self._catalogue.expire(since, but=[*self._now]):
+                        log.info("%d idle sessions have expired", count)
+            finally:
+                self._changes += 1
+                self._is_expiring = False
+                self._has_expired.set()
 
     def __repr__(self) -> str:
         return f"<Sessions {len(self._now)} in use>"

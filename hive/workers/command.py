@@ -103,7 +103,7 @@ class CommandEngine:
         if self._kv is not None:
             chunk = self._kv.chunk_tokens
             identity = identity_of(self.name, self.model, devices, chunk, self.model.python)
-            kv_path = str(path_for(self.name, self.model, identity, self._kv.state_dir))
+            kv_path = str(path_for(self.name, identity, self._kv.state_dir))
             cache = {"{kv}": self._kv.address, "{kv_path}": kv_path, "{kv_chunk}": str(chunk)}
             filled |= cache
         argv = [os.path.abspath(program)]  # the engine starts in another directory

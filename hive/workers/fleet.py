@@ -43,6 +43,8 @@ from hive.workers.worker import Worker, WorkerPlan
 
 log = logging.getLogger(__name__)
 
+RENEW_S = 0.5  # between two looks whether an engine's cache is lost
+
 
 def engine_of(name: str, model: Model, kv: Site | None) -> Engine:
     kind = VllmEngine if model.engine == "vllm" else CommandEngine
@@ -77,6 +79,7 @@ class Fleet:
         self.site = site_of(settings)
         self.cache: Worker | None = None  # the LMCache server
         self._cache_moved = asyncio.Event()
+        self._renewal = {name: asyncio.Lock() for name in settings.models}
         restarts = settings.restarts
         self._policy = RestartPolicy(
             restarts.starts, restarts.window_s, restarts.backoff_s, restarts.backoff_max_s
@@ -155,9 +158,11 @@ class Fleet:
                 tasks.create_task(worker.run(), name=f"worker:{worker.id}")
                 for worker in self.everyone()
             ]
-            if self.cache is not None:
-                name = "restart engines whose cache is lost"
-                running.append(tasks.create_task(self._renewing(), name=name))
+            running += [
+                tasks.create_task(self._renewing(worker), name=f"renew:{worker.id}")
+                for worker in self.workers.values()
+                if worker.plan.beside is not None
+            ]
             try:
                 yield
             finally:
@@ -237,29 +242,26 @@ class Fleet:
             return "none"
         return "ok" if self.has_cache(worker) else "lost"
 
-    async def _renewing(self) -> None:
-        """Restart engines whose LMCache was started anew, each when it is idle, one at a time."""
-        assert self.cache is not None
+    async def _renewing(self, worker: Worker) -> None:
+        """Restart an engine whose LMCache was started anew, as soon as it is idle; one of a model at
+        a time. One that failed for want of LMCache is started when that is back."""
         while True:
-            self._cache_moved.clear()
-            if self.cache.state is State.READY:
-                for worker in self.workers.values():
+            await asyncio.sleep(RENEW_S)
+            if self.is_draining or not self.cache_is_up:
+                continue
+            failed_for_it = isinstance(worker.error, KvServerUnreachable)
+            with contextlib.suppress(Conflict, ServiceUnavailable):  # somebody stopped it just now
+                if worker.state is State.FAILED and failed_for_it:
+                    await worker.start()
+                elif self.cache_view(worker) == "lost":
                     await self._renew(worker)
-            await self._cache_moved.wait()
 
     async def _renew(self, worker: Worker) -> None:
-        while self.cache_view(worker) == "lost" and self.cache_is_up and not self.is_draining:
-            idle = asyncio.ensure_future(worker.wait_idle())
-            moved = asyncio.ensure_future(self._cache_moved.wait())
-            try:
-                await asyncio.wait({idle, moved}, return_when=asyncio.FIRST_COMPLETED)
-                if not idle.done():
-                    return  # it is going again: the next one is another
-            finally:
-                idle.cancel()
-                moved.cancel()
-            log.warning("worker %s is restarted: its LMCache was started anew", worker.id)
-            with contextlib.suppress(Conflict, ServiceUnavailable):  # somebody stopped it just now
+        await worker.wait_idle()
+        async with self._renewal[worker.model]:
+            is_lost = self.cache_view(worker) == "lost" and self.cache_is_up
+            if is_lost and not worker.in_flight and not self.is_draining:
+                log.warning("worker %s is restarted: its LMCache was started anew", worker.id)
                 await worker.restart()
                 await worker.wait_for(State.READY, *AT_REST)
 

@@ -90,7 +90,15 @@ def identity_of(
         chunk_tokens=chunk_tokens,
         block_size=block_size,
         engine_version=engine_version(python) if python is not None else "",
+        arguments=_fingerprint_of(model),
     )
+
+
+def _fingerprint_of(model: Model) -> str:
+    """Of everything that is passed on, whatever it does: which of it changes what is computed, only
+    the engine knows."""
+    told = (model.engine, model.args, model.command, sorted(model.env.items()))
+    return blake3.blake3(repr(told).encode()).hexdigest(8)
 
 
 def block_size_of(name: str, model: Model, devices: Sequence[str], chunk_tokens: int) -> int:
@@ -131,12 +139,12 @@ def check_names(state_dir: Path, workers: int) -> None:
         ) from exc
 
 
-def path_for(name: str, model: Model, identity: Identity, state_dir: Path) -> Path:
+def path_for(name: str, identity: Identity, state_dir: Path) -> Path:
     """The path by which LMCache knows all that: a link to the model's files, or only a name.
 
     It is made if it is not there. Raises OSError.
     """
-    told = (name, model.engine, model.args, model.command, sorted(model.env.items()), identity)
+    told = (name, identity)
     links = state_dir / LINKS
     path = links / blake3.blake3(repr(told).encode()).hexdigest(LINK_BYTES)
     links.mkdir(mode=0o700, exist_ok=True)

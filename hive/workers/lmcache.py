@@ -83,7 +83,10 @@ class KvServer:
             # be there for engines and never be written again. The kernel caches files as well.
             *("--l2-store-policy", "skip_l1"),
         ]
-        return Launch(argv, cleaned_environment(place, None, ENVIRONMENT))
+        env = cleaned_environment(place, None, ENVIRONMENT)
+        # What hive's own environment says of LMCache could change what it keeps, and where.
+        foreign = [name for name in env if name.startswith("LMCACHE_") and name not in ENVIRONMENT]
+        return Launch(argv, {name: value for name, value in env.items() if name not in foreign})
 
     async def probe(self, client: EngineClient) -> None:
         await client.must("GET", HEALTH_PATH)

@@ -202,7 +202,7 @@ def _prepare_tier(state: Path) -> int:
     tier, windows = state / TIER, state / WINDOWS
     for directory in (tier, tier / lmcache.TEMPORARY, windows):
         directory.mkdir(mode=0o700, exist_ok=True)
-    name = f".link-{secrets.token_hex(4)}.part"
+    name = f".link-{secrets.token_hex(4)}"
     one, other = tier / lmcache.TEMPORARY / name, windows / name
     try:
         one.write_bytes(b"hive")

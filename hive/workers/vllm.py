@@ -127,7 +127,7 @@ class VllmEngine:
         identity, kv_path = None, ""
         if self._kv is not None:
             identity = identity_of(self.name, model, devices, self._kv.chunk_tokens, python)
-            path = kv_path = str(path_for(self.name, model, identity, self._kv.state_dir))
+            path = kv_path = str(path_for(self.name, identity, self._kv.state_dir))
         argv = [
             str(python),
             "-m",

@@ -245,7 +245,8 @@ class Worker:
 
     async def wait_idle(self) -> None:
         """Return when it has no request; the caller bounds the wait."""
-        await self._idle.wait()
+        while self.in_flight:  # a slot may pass from one to the next at once
+            await self._idle.wait()
 
     async def wait_for(self, *states: State) -> State:
         """Return when the worker is in one of `states`; the caller bounds the wait."""

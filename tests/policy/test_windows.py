@@ -21,7 +21,7 @@ from hive.policy.windows import (
     usable,
 )
 
-IDENTITY = Identity("/m", "", "f" * 32, "auto", "auto", 1, 256, 16, "vllm 0.32.0")
+IDENTITY = Identity("/m", "", "f" * 32, "auto", "auto", 1, 256, 16, "vllm 0.32.0", "a" * 16)
 LMCACHE = Path(__file__).with_name("lmcache_names.json")  # lmcache_names.py has made it
 
 
@@ -128,6 +128,7 @@ DIFFERENT: dict[str, Any] = {
     "chunk_tokens": 64,
     "block_size": 32,
     "engine_version": "vllm 0.33.0",
+    "arguments": "b" * 16,
 }
 
 

@@ -20,6 +20,7 @@ from hive.errors import (
     ConfigInvalid,
     InvalidStateTransition,
     SessionNotFound,
+    StorageQuotaExceeded,
     StoreUnreachable,
     WindowAlreadyExists,
     WindowNotFound,
@@ -291,12 +292,23 @@ async def test_sessions_that_nobody_can_use_any_more_are_forgotten() -> None:
 
 
 @awaited
-async def test_sessions_are_counted_for_each_owner() -> None:
+async def test_an_owner_has_so_many_sessions_and_windows_however_many_come_at_once() -> None:
+    """R091: counted where they are added."""
     async with catalogue() as it:
-        for number in range(3):
-            await it.add_session(session(number, owner="ci" if number else "other"))
 
-        assert [await it.session_count(owner) for owner in ("ci", "other", "nobody")] == [2, 1, 0]
+        async def add(number: int) -> bool:
+            owner = "ci" if number % 2 else "other"
+            try:
+                await it.add_session(session(number, owner=owner), most=2)
+                await it.begin_window(replace(window(number), owner=owner), most=2)
+            except StorageQuotaExceeded:
+                return False
+            return True
+
+        added = await asyncio.gather(*map(add, range(10)))
+
+        assert sum(added) == 4
+        assert len(await it.sessions("ci")) == len(await it.windows("ci", state=None)) == 2
 
 
 @awaited

@@ -39,7 +39,8 @@ def daemon(*knobs: str, windows: dict[str, Any] | None = None, **sections: Any) 
     hive = Hive(Path(tempfile.mkdtemp(prefix="hv", dir="/tmp")))
     hive.starter = (sys.executable, "-c", IMPATIENT)
     hive.sections |= {**sections, "windows": {**WINDOWS, **(windows or {})}}
-    hive.keys = [key("root", "inference", "admin"), *map(key, KEYS), key("eve", "metrics")]
+    keys = [key("root", "inference", "admin"), *map(key, KEYS), key("eve", "metrics")]
+    hive.keys = [{**one, "max_concurrent": 0} for one in keys]
     hive.key = secret_of("root")
     hive.model("m", *knobs, windows=True)
     hive.model("n")

@@ -10,7 +10,9 @@ from hive.windows.files import Manifest, WindowFiles, made
 
 CHUNK = 16
 SAID = {"kind": "chat", "body": {"messages": [{"role": "user", "content": "häng an 😀"}]}}
-IDENTITY = Identity("/models/m", "", "f00d", "bfloat16", "auto", 2, CHUNK, 16, "vllm 0.32.0")
+IDENTITY = Identity(
+    "/models/m", "", "f00d", "bfloat16", "auto", 2, CHUNK, 16, "vllm 0.32.0", "a" * 16
+)
 
 
 def unheard(_: int) -> None:

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hive.errors import EngineUnreachable
+from hive.errors import EngineUnreachable, InvalidParameter
 from hive.policy.windows import Shape, block_names
 from hive.windows.engines import _key, _understood
 from steps.driver import Hive
@@ -40,14 +40,20 @@ def test_a_blocks_name_says_whose_it_is(
 
 @pytest.mark.parametrize(
     ("status", "answer"),
-    [(200, b"no JSON"), (200, b"null"), (200, b"[" * 5000), (400, b"{}"), (503, b""), (302, b"{}")],
+    [(200, b"no JSON"), (200, b"null"), (200, b"[" * 5000), (503, b""), (302, b"{}")],
 )
 def test_an_answer_that_is_none_is_the_engines_fault(status: int, answer: bytes) -> None:
     """R093: CWM-5001, and nothing of what it said."""
     with pytest.raises(EngineUnreachable) as caught:
         _understood(status, answer)
     assert caught.value.number == "CWM-5001"
-    assert ("too long" in caught.value.suggested_action) == (status == 400)
+
+
+def test_what_the_engine_refuses_is_the_conversations_fault() -> None:
+    """R082: it is as long as the model allows, most likely; and nothing of what it said."""
+    with pytest.raises(InvalidParameter, match="refused it with status 400") as caught:
+        _understood(400, b'{"error": "secret"}')
+    assert "secret" not in caught.value.message
 
 
 def test_an_answer_is_what_it_says() -> None:
@@ -90,10 +96,13 @@ def test_hive_asks_an_engine_as_a_client_does(hive: Hive, ada: Owner) -> None:
 
 @pytest.mark.parametrize(
     ("said_status", "wanted"),
-    [("500", "answered with status 500"), ("400", "refused what hive asked it, with status 400")],
+    [
+        ("500", (502, "ENGINE_UNREACHABLE", "CWM-5001")),
+        ("400", (400, "INVALID_PARAMETER", "CWM-1003")),
+    ],
 )
 def test_an_engine_that_refuses_undoes_the_freeze(
-    hive: Hive, ada: Owner, said_status: str, wanted: str
+    hive: Hive, ada: Owner, said_status: str, wanted: tuple[int, str, str]
 ) -> None:
     """R093, R107"""
     session, name = ada.session(), new_name()
@@ -105,8 +114,7 @@ def test_an_engine_that_refuses_undoes_the_freeze(
             answer = ada.freeze(session, name)
         finally:
             hive.double("m").set(answer_status="")
-        assert told_by(answer) == (502, "ENGINE_UNREACHABLE", "CWM-5001")
-        assert wanted in answer.error["message"]
+        assert told_by(answer) == wanted
         assert state_of(hive) == before
     must(lambda: ada.freeze(session, name).status == 201, 10, "a freeze")
     assert hive.metric("hive_in_flight", model="m") == 0

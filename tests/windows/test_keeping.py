@@ -149,9 +149,11 @@ def test_a_quota_another_model_and_a_full_tier() -> None:
                 block.unlink()
             answer = ada.do(what, name)
             assert told_by(answer) == (409, "MODEL_INCOMPATIBLE", None)
-            assert answer.error["details"]["fields"] == {"dtype": {"frozen": "auto", "now": "half"}}
+            fields = answer.error["details"]["fields"]
+            assert fields["dtype"] == {"frozen": "auto", "now": "half"}
+            assert set(fields) == {"dtype", "arguments"}
             assert answer.error["message"] == (
-                "The window was frozen from another model: dtype differs."
+                "The window was frozen from another model: dtype, arguments differ."
             )
         assert ada.do("verify", name).json["missing"] == [block.name]  # whatever model runs
         block.write_bytes(kept)

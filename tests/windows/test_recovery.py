@@ -91,6 +91,7 @@ async def test_a_freeze_or_a_deletion_that_was_cut_off_is_whole_or_gone(step: st
 async def test_a_folder_of_nobody_is_left_as_it_is() -> None:
     """It may be somebody's: a catalogue from a backup does not know it."""
     async with begun() as (catalogue, home):
+        catalogue.is_new = False
         await frozen(catalogue, home, window(9))
         home.frozen(window())
         for _ in range(2):
@@ -104,6 +105,7 @@ async def test_a_folder_of_nobody_is_left_as_it_is() -> None:
 @awaited
 async def test_where_there_are_sessions_the_catalogue_was_not_lost() -> None:
     async with begun() as (catalogue, home):
+        catalogue.is_new = False
         await catalogue.add_session(Session("s", "ada", "m", "salt", 1.0, 1.0))
         home.frozen(window())
         assert "belongs to no window" in (await recover(catalogue, home.files))[0]

@@ -23,7 +23,7 @@ from hive.workers.identity import (
 )
 from tests.patience import short_directory
 
-IDENTITY = Identity("/m", "", "f" * 32, "auto", "auto", 1, 256, 16, "vllm 0.32.0")
+IDENTITY = Identity("/m", "", "f" * 32, "auto", "auto", 1, 256, 16, "vllm 0.32.0", "a" * 16)
 SIZE = 2 * ENDS_BYTES + 1000
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
@@ -208,6 +208,32 @@ def test_an_identity_has_everything_that_a_block_depends_on(tmp_path: Path) -> N
         chunk_tokens=64,
         block_size=32,
         engine_version="vllm 0.32.0",
+        arguments=found.arguments,
+    )
+
+
+OTHERWISE = {
+    "args": vllm(args=["--rope-scaling", "{}"]),
+    "env": vllm(env={"VLLM_ATTENTION_BACKEND": "x"}),
+    "engine": command(),
+    "command": command(command=["sh", "{socket}", "{kv}", "x"]),
+}
+
+
+def test_whatever_the_engine_is_told_makes_another_model_of_it() -> None:
+    """Rope, quantization, a backend: only the engine knows what changes its blocks."""
+    one = identity_of("m", vllm(), ("cpu",), 256, None)
+    others = [identity_of("m", other, ("cpu",), 256, None) for other in OTHERWISE.values()]
+
+    assert len({one.arguments, *(other.arguments for other in others)}) == len(others) + 1
+    assert "arguments" in one.differs_in(others[0])
+
+
+def test_the_order_of_the_environment_is_no_difference() -> None:
+    one, other = ({"A": "1", "B": "2"}, {"B": "2", "A": "1"})
+
+    assert identity_of("m", vllm(env=one), ("cpu",), 256, None) == identity_of(
+        "m", vllm(env=other), ("cpu",), 256, None
     )
 
 
@@ -217,9 +243,8 @@ def test_what_is_not_told_is_the_engines_own(tmp_path: Path) -> None:
 
     assert (found.dtype, found.kv_dtype, found.weights) == ("auto", "auto", "")
     assert (found.path, found.block_size) == (str(Path("org/m").absolute()), 128)
-    assert identity_of("m", command(), ("cpu",), 256, None) == Identity(
-        "", "", "", "auto", "auto", 1, 256, 0, ""
-    )
+    bare = identity_of("m", command(), ("cpu",), 256, None)
+    assert bare == Identity("", "", "", "auto", "auto", 1, 256, 0, "", bare.arguments)
 
 
 def test_a_snapshot_of_the_hub_has_its_revision(tmp_path: Path) -> None:
@@ -248,24 +273,20 @@ def test_a_file_that_cannot_be_read_is_told_by_its_models_key(tmp_path: Path) ->
 def test_a_path_leads_to_the_model_and_stays_the_same(tmp_path: Path) -> None:
     directory = model_in(tmp_path / "model")
     identity = identity_of("m", vllm(path=str(directory)), ("cpu",), 256, None)
-    path = path_for("m", vllm(), identity, tmp_path)
+    path = path_for("m", identity, tmp_path)
 
     assert path.parent == tmp_path / "m"
     assert path.readlink() == directory
     assert (path / "config.json").is_file()
-    assert path_for("m", vllm(), identity, tmp_path) == path
+    assert path_for("m", identity, tmp_path) == path
     assert list(path.parent.iterdir()) == [path]
     assert path.parent.stat().st_mode & 0o777 == 0o700
 
 
 OTHERS = {
-    "name": ("n", vllm(), IDENTITY),
-    "args": ("m", vllm(args=["--rope-scaling", "{}"]), IDENTITY),
-    "env": ("m", vllm(env={"VLLM_ATTENTION_BACKEND": "x"}), IDENTITY),
-    "engine": ("m", command(), IDENTITY),
-    "command": ("m", command(command=["sh", "{socket}", "{kv}", "x"]), IDENTITY),
+    "name": ("n", IDENTITY),
     **{
-        field: ("m", vllm(), Identity(**{**{f: getattr(IDENTITY, f) for f in fields}, field: new}))
+        field: ("m", Identity(**{**{f: getattr(IDENTITY, f) for f in fields}, field: new}))
         for fields in [Identity.__slots__]
         for field, new in {
             "path": "/other",
@@ -277,6 +298,7 @@ OTHERS = {
             "chunk_tokens": 64,
             "block_size": 32,
             "engine_version": "vllm 0.33.0",
+            "arguments": "b" * 16,
         }.items()
     },
 }
@@ -284,23 +306,15 @@ OTHERS = {
 
 def test_whatever_computes_otherwise_has_another_path(tmp_path: Path) -> None:
     """LMCache knows a model by nothing else: it would give one's blocks to the other."""
-    paths = {path_for("m", vllm(), IDENTITY, tmp_path)}
+    paths = {path_for("m", IDENTITY, tmp_path)}
     paths |= {path_for(*other, tmp_path) for other in OTHERS.values()}
 
     assert len(paths) == len(OTHERS) + 1
 
 
-def test_the_order_of_the_environment_is_no_difference(tmp_path: Path) -> None:
-    one, other = ({"A": "1", "B": "2"}, {"B": "2", "A": "1"})
-
-    assert path_for("m", vllm(env=one), IDENTITY, tmp_path) == path_for(
-        "m", vllm(env=other), IDENTITY, tmp_path
-    )
-
-
 def test_a_model_without_files_has_only_a_name(tmp_path: Path) -> None:
     identity = identity_of("m", command(), ("cpu",), 256, None)
-    path = path_for("m", command(), identity, tmp_path)
+    path = path_for("m", identity, tmp_path)
 
     assert path.parent.is_dir()
     assert not path.exists()
@@ -308,11 +322,11 @@ def test_a_model_without_files_has_only_a_name(tmp_path: Path) -> None:
 
 
 def test_a_link_that_leads_elsewhere_is_replaced(tmp_path: Path) -> None:
-    path = path_for("m", vllm(), IDENTITY, tmp_path)
+    path = path_for("m", IDENTITY, tmp_path)
     path.unlink()
     path.symlink_to("/elsewhere")
 
-    assert path_for("m", vllm(), IDENTITY, tmp_path).readlink() == Path("/m")
+    assert path_for("m", IDENTITY, tmp_path).readlink() == Path("/m")
     assert list(path.parent.iterdir()) == [path]
 
 
@@ -322,7 +336,7 @@ def test_replicas_that_start_together_do_not_disturb_each_other(tmp_path: Path) 
 
     def start() -> None:
         together.wait()
-        found.extend(path_for("m", vllm(), IDENTITY, tmp_path) for _ in range(20))
+        found.extend(path_for("m", IDENTITY, tmp_path) for _ in range(20))
 
     threads = [threading.Thread(target=start) for _ in range(8)]
     for thread in threads:
@@ -355,7 +369,7 @@ def test_a_state_dir_is_taken_when_lmcache_can_name_blocks_in_it(length: int, wo
 
 
 def test_the_longest_names_are_those_that_are_checked(tmp_path: Path) -> None:
-    real = path_for("m", vllm(), IDENTITY, tmp_path)
+    real = path_for("m", IDENTITY, tmp_path)
 
     assert len(str(real)) == len(str(tmp_path / "m" / ("0" * 12)))
 
