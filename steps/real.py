@@ -43,6 +43,11 @@ def real_hive() -> Iterator[Hive]:
         yield hive
 
 
+# Real engines that serve now, and what /dev/shm had before the first of them.
+_serving: list[Hive] = []
+_shm_before: set[str] = set()
+
+
 def start_shared(hive: Hive, *, is_ready: bool = True) -> None:
     """Start it as one that several scenarios use: it and what it starts are no leaks of theirs."""
     hive.launch()
@@ -63,7 +68,9 @@ def really_serving(
     """hive with the real engine as model "m", from its start to its clean end."""
     if managed_python() is None:
         pytest.skip("no engine environment: run 'hive engine install cpu' (make test does)")
-    shm_before = set(os.listdir(guard.SHM))
+    if not _serving:
+        _shm_before.clear()
+        _shm_before.update(os.listdir(guard.SHM))
     home = Path(tempfile.mkdtemp(prefix="hv", dir="/tmp"))
     hive = Hive(home)
     hive.keys, hive.key = list(keys), key
@@ -83,15 +90,21 @@ def really_serving(
         **fields,
     )
     try:
+        _serving.append(hive)
         start_shared(hive)
         yield hive
         hive.stop()
+        _serving.remove(hive)
+        if _serving:
+            return  # whose a semaphore is cannot be told: the last one looks
         left = []
 
         def is_clean() -> bool:
             nonlocal left
             left = [
-                n for n in set(os.listdir(guard.SHM)) - shm_before if n.startswith(("psm_", "sem."))
+                name
+                for name in set(os.listdir(guard.SHM)) - _shm_before
+                if name.startswith(("psm_", "sem."))
             ]
             return not left
 
