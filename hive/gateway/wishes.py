@@ -20,7 +20,8 @@ def own_limit_s(headers: Mapping[str, str], began: float) -> float | None:
     """
     limits = []
     if (told := headers.get("X-Hive-Timeout")) is not None:
-        if not _SECONDS.match(told.strip()) or not float(told):
+        told = told.strip()  # float() strips less
+        if not _SECONDS.match(told) or not float(told):
             raise ValidationFailed(
                 "X-Hive-Timeout must be a number of seconds above 0, such as 2.5.",
                 param="X-Hive-Timeout",

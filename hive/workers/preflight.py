@@ -43,6 +43,7 @@ from hive.workers.model_files import ModelFiles
 from hive.workers.site import TIER, WINDOWS
 from hive.workers.vllm import files_of, on_cuda, python_of
 
+LINK = ".link-"  # how the name of a link that is only tried begins
 VERSIONS_S = 60.0
 _VERSIONS = (
     "import importlib.metadata as m, json\n"
@@ -146,6 +147,10 @@ def before_cache(settings: Settings) -> None:
     # What an LMCache that was killed had not written whole, and never looks at again.
     for unfinished in (settings.server.state_dir / TIER / lmcache.TEMPORARY).iterdir():
         unfinished.unlink(missing_ok=True)
+    for tried in (settings.server.state_dir / WINDOWS).glob(
+        f"{LINK}*"
+    ):  # of a check that was killed
+        tried.unlink(missing_ok=True)
     need = cache_ram(settings)
     if too_little_ram := check_ram([("LMCache", need)], available_ram()):
         raise too_little_ram
@@ -202,7 +207,7 @@ def _prepare_tier(state: Path) -> int:
     tier, windows = state / TIER, state / WINDOWS
     for directory in (tier, tier / lmcache.TEMPORARY, windows):
         directory.mkdir(mode=0o700, exist_ok=True)
-    name = f".link-{secrets.token_hex(4)}"
+    name = f"{LINK}{secrets.token_hex(4)}"
     one, other = tier / lmcache.TEMPORARY / name, windows / name
     try:
         one.write_bytes(b"hive")
