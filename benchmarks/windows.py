@@ -155,10 +155,6 @@ def row(number: int) -> Window:
         model="m",
         salt="x" * 22,
         created_at=float(number),
-        conversation={
-            "kind": "chat",
-            "body": {"messages": [{"role": "user", "content": "x" * 500}]},
-        },
         tokens=1000 + number,
         blocks=31,
         bytes=2_000_000,

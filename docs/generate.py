@@ -29,6 +29,7 @@ from hive.gateway.auth import needed_scope
 from hive.settings import FIXED, Settings
 from hive.storage.catalogue import Catalogue
 from hive.telemetry.metrics import Metrics
+from hive.windows.blocks import Blocks
 from hive.windows.engines import Engines
 from hive.windows.files import WindowFiles
 from hive.windows.keeping import Keeping
@@ -414,7 +415,8 @@ def application() -> web.Application:
     catalogue = Catalogue(create_async_engine("sqlite+aiosqlite://"))
     tier, files = Tier(Path("kv"), 0), WindowFiles(Path("windows"), Path("kv"))
     sessions, engines = Sessions(settings, catalogue, announcer), Engines(settings, fleet)
-    windows = Windows(settings, catalogue, files, tier, sessions, engines, announcer)
+    blocks = Blocks(files, tier, engines)
+    windows = Windows(settings, catalogue, files, blocks, sessions, announcer)
     kept = Keeping(sessions, windows, engines)
     text = lambda: (b"", "")  # noqa: E731
     return Gateway(settings, fleet, devices, ledger, announcer, text, lambda: None, kept).app

@@ -313,9 +313,17 @@ class Hive:
             )
         leaks.started_pids.add(self.process.pid)
 
-    def start(self, *, is_ready: bool = True, within_s: float = START_S) -> None:
-        """Start the daemon; return when it listens, and when every model can serve."""
+    def start(
+        self, *, is_ready: bool = True, is_shared: bool = False, within_s: float = START_S
+    ) -> None:
+        """Start the daemon; return when it listens, and when every model can serve.
+
+        Where several tests share it, it and what it starts are no leaks of theirs.
+        """
         self.launch()
+        assert self.process is not None
+        if is_shared:
+            leaks.shared_pids.add(self.process.pid)
         self.start_was_launched(within_s, is_ready=is_ready)
 
     def start_was_launched(self, within_s: float, *, is_ready: bool = True) -> None:
@@ -632,16 +640,22 @@ def _toml(value: Any) -> str:
     return json.dumps(value)
 
 
-@pytest.fixture
-def hive() -> Iterator[Hive]:
-    """A daemon to configure and start; stopped, and checked, after the test."""
-    home = Path(tempfile.mkdtemp(prefix="hv", dir="/tmp"))
-    daemon = Hive(home)
+@contextlib.contextmanager
+def new_hive() -> Iterator[Hive]:
+    """A daemon to configure and start; stopped, and checked, at the end."""
+    hive = Hive(Path(tempfile.mkdtemp(prefix="hv", dir="/tmp")))
     try:
-        yield daemon
-        daemon.stop()
+        yield hive
+        hive.stop()
     finally:
-        if daemon.process is not None and daemon.process.poll() is None:
-            daemon.process.kill()
-            daemon.process.wait()
-        shutil.rmtree(home, ignore_errors=True)
+        if hive.process is not None and hive.process.poll() is None:
+            hive.process.kill()
+            hive.process.wait()
+        shutil.rmtree(hive.home, ignore_errors=True)
+
+
+@pytest.fixture(name="hive")
+def _hive() -> Iterator[Hive]:
+    """A daemon of one test."""
+    with new_hive() as hive:
+        yield hive

@@ -2,8 +2,6 @@
 
 import contextlib
 import os
-import shutil
-import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,8 +10,7 @@ import pytest
 
 from hive.workers import guard
 from hive.workers.environment import managed_python
-from steps import leaks
-from steps.driver import ROOT, Hive, run_hive
+from steps.driver import ROOT, Hive, new_hive, run_hive
 from steps.waiting import until
 
 START_S = 180.0
@@ -48,14 +45,6 @@ _serving: list[Hive] = []
 _shm_before: set[str] = set()
 
 
-def start_shared(hive: Hive, *, is_ready: bool = True) -> None:
-    """Start it as one that several scenarios use: it and what it starts are no leaks of theirs."""
-    hive.launch()
-    assert hive.process is not None
-    leaks.shared_pids.add(hive.process.pid)
-    hive.start_was_launched(START_S, is_ready=is_ready)
-
-
 @contextlib.contextmanager
 def really_serving(
     args: list[str],
@@ -71,27 +60,25 @@ def really_serving(
     if not _serving:
         _shm_before.clear()
         _shm_before.update(os.listdir(guard.SHM))
-    home = Path(tempfile.mkdtemp(prefix="hv", dir="/tmp"))
-    hive = Hive(home)
-    hive.keys, hive.key = list(keys), key
-    hive.sections["server"] = {"drain_s": 5}
-    if windows is not None:
-        hive.sections["windows"] = windows
-        fields["windows"] = True
-    # What is used for the first time is compiled then (log probabilities): longer than 25 s on a
-    # busy machine, and no test is about how fast this one is.
-    hive.sections["timeouts"] = {"load_s": 170, "request_s": 130, "inference_s": 120}
-    hive.sections["restarts"] = {"backoff_s": 0.1, "backoff_max_s": 1, "starts": 20}
-    hive.model(
-        "m",
-        engine="vllm",
-        path=str(tiny_model()),
-        args=args,
-        **fields,
-    )
-    try:
+    with new_hive() as hive:
+        hive.keys, hive.key = list(keys), key
+        hive.sections["server"] = {"drain_s": 5}
+        if windows is not None:
+            hive.sections["windows"] = windows
+            fields["windows"] = True
+        # What is used for the first time is compiled then (log probabilities): longer than 25 s on a
+        # busy machine, and no test is about how fast this one is.
+        hive.sections["timeouts"] = {"load_s": 170, "request_s": 130, "inference_s": 120}
+        hive.sections["restarts"] = {"backoff_s": 0.1, "backoff_max_s": 1, "starts": 20}
+        hive.model(
+            "m",
+            engine="vllm",
+            path=str(tiny_model()),
+            args=args,
+            **fields,
+        )
         _serving.append(hive)
-        start_shared(hive)
+        hive.start(is_shared=True, within_s=START_S)
         yield hive
         hive.stop()
         _serving.remove(hive)
@@ -109,8 +96,3 @@ def really_serving(
             return not left
 
         assert until(is_clean, 5), f"the real engine left shared memory: {left}"
-    finally:
-        if hive.process is not None and hive.process.poll() is None:
-            hive.process.kill()
-            hive.process.wait()
-        shutil.rmtree(home, ignore_errors=True)

@@ -16,7 +16,7 @@ from pytest_bdd import given, parsers, then, when
 from steps.driver import Answer, Hive
 from steps.memory import HEADER, WINDOWS, as_key
 from steps.operator import key_of
-from steps.real import START_S, really_serving, start_shared
+from steps.real import START_S, really_serving
 from steps.story import CHAT
 from steps.waiting import must
 
@@ -128,13 +128,13 @@ def _frozen(told: Remembered) -> None:
 @when("hive is killed in the middle of another freeze, and started again")
 def _killed(told: Remembered) -> None:
     _cut_off(told)
-    start_shared(told.hive)
+    told.hive.start(is_shared=True, within_s=START_S)
 
 
 @when("hive is killed in the middle of another freeze, and started again without waiting")
 def _killed_and_not_waited_for(told: Remembered) -> None:
     _cut_off(told)
-    start_shared(told.hive, is_ready=False)
+    told.hive.start(is_ready=False, is_shared=True, within_s=START_S)
 
 
 def _cut_off(told: Remembered) -> None:

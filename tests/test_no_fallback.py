@@ -679,7 +679,7 @@ def test_whoever_sees_a_devices_error_tells_it_and_begins_nothing() -> None:
     # _read has told it; at the end of a command nothing is left to tell, a line of the log may be lost.
     assert {one for one in silent if "/" in one and not one.startswith("telemetry/logs")} == {
         "devices/watch._look: return",
-        "windows/operations._in_tier: return None",  # a broken manifest: how many is not known
+        "windows/blocks._in_tier: return None",  # a broken manifest: how many is not known
     }
 
 

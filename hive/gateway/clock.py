@@ -10,7 +10,7 @@ from hive.policy.deadlines import Deadline, Due
 from hive.workers.interrupt import Interrupt
 from hive.workers.life import User
 
-EARLY_S = 0.001  # a loop's timer may ring so much before its time
+LEAST_S = 0.001  # a loop's timer may ring so much before its time, and is set again
 
 
 class Clock:
@@ -100,7 +100,7 @@ class Clock:
         if self._user is None or self._cause is not None:
             return
         due = self.deadline.due
-        if due.at - time.monotonic() <= EARLY_S:
+        if due.at <= time.monotonic():
             self._cause = self._expired(due)
             if self._cause is not None:
                 self._user.end(self._cause)
@@ -108,7 +108,7 @@ class Clock:
             self.byte()
             due = self.deadline.due
         self._rings_at = due.at
-        left_s = max(EARLY_S, due.at - time.monotonic())
+        left_s = max(LEAST_S, due.at - time.monotonic())
         self._timer = asyncio.get_running_loop().call_later(left_s, self._set)
 
     def _silence(self) -> None:

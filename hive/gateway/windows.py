@@ -29,8 +29,9 @@ from hive.gateway.traffic import Passage
 from hive.policy.windows import SessionState, WindowState
 from hive.storage.catalogue import MOST_PAGE, Window
 from hive.windows import sessions as of_sessions
-from hive.windows.operations import Progress, Report, Status, Windows, unheard
+from hive.windows.operations import Report, Status, Windows
 from hive.windows.sessions import Sessions
+from hive.windows.work import Progress, unheard
 from hive.workers.interrupt import Interrupt
 
 BODY_BYTES = 1024 * 1024
@@ -113,7 +114,8 @@ class WindowsApi:
     async def session(self, request: web.Request) -> web.Response:
         """One of them, with its messages."""
         session = await self._sessions.find(request.match_info["id"], _owner(request))
-        return web.json_response(of_sessions.whole_view(session))
+        messages = await self._sessions.messages(session)
+        return web.json_response({**of_sessions.view(session), "messages": messages})
 
     async def delete_session(self, request: web.Request) -> web.Response:
         """Nobody goes on with it; its windows stay."""

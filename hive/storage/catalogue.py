@@ -48,6 +48,7 @@ from hive.errors import (
     WindowNotFound,
 )
 from hive.policy.windows import NEXT, SessionState, WindowState
+from hive.storage.finishing import to_the_end
 from hive.storage.tables import sessions, windows
 
 log = logging.getLogger(__name__)
@@ -68,6 +69,9 @@ _PRAGMAS = (
 # Of SQLite's own words: the file is broken, and not only busy or out of reach.
 _BROKEN = ("malformed", "not a database", "disk image", "corrupt")
 
+_SESSION = {column.name: column for column in sessions.c if column.name != "conversation"}
+_HAS_CONVERSATION = sessions.c.conversation.is_not(None).label("has_conversation")
+
 Sort = Literal["name", "created_at", "tokens", "bytes"]
 
 
@@ -75,7 +79,7 @@ Sort = Literal["name", "created_at", "tokens", "bytes"]
 class Session:
     """A conversation with one model. `owner` is an API key's name; times are seconds since 1970.
 
-    `conversation` is what the engine would be sent to go on with it, None before the first answer.
+    What was said in it may be megabytes, and is had apart, by `Catalogue.conversation`.
     """
 
     id: str
@@ -85,7 +89,7 @@ class Session:
     created_at: float
     used_at: float
     state: SessionState = SessionState.ACTIVE
-    conversation: dict[str, Any] | None = field(default=None, repr=False)
+    has_conversation: bool = False  # something was answered in it
     window_id: str | None = None  # that it was frozen into, or thawed from
 
 
@@ -100,7 +104,6 @@ class Window:
     model: str
     salt: str = field(repr=False)
     created_at: float
-    conversation: dict[str, Any] = field(repr=False)
     identity: dict[str, Any] = field(default_factory=dict)
     state: WindowState = WindowState.FREEZING
     tokens: int = 0
@@ -112,30 +115,23 @@ class Window:
     parent_id: str | None = None  # that it was cloned from
 
 
-def _to_the_end(call: Callable[P, Coroutine[Any, Any, T]]) -> Callable[P, Coroutine[Any, Any, T]]:
+def _all_to_the_end(cls: type["Catalogue"]) -> type["Catalogue"]:
     """A call that was begun is finished, though who made it is cancelled meanwhile.
 
     A connection that is let go in the middle keeps its transaction, and everybody else waiting.
     """
-
-    @functools.wraps(call)
-    async def whole(*args: P.args, **kwargs: P.kwargs) -> T:
-        doing = asyncio.ensure_future(call(*args, **kwargs))
-        try:
-            return await asyncio.shield(doing)
-        except asyncio.CancelledError:
-            await asyncio.wait({doing})
-            doing.exception()  # nobody is there to be told
-            raise
-
-    return whole
-
-
-def _all_to_the_end(cls: type["Catalogue"]) -> type["Catalogue"]:
     for name, call in list(vars(cls).items()):
         if inspect.iscoroutinefunction(call) and not name.startswith("_"):
-            setattr(cls, name, _to_the_end(call))
+            setattr(cls, name, _finished(call))
     return cls
+
+
+def _finished(call: Callable[P, Coroutine[Any, Any, T]]) -> Callable[P, Coroutine[Any, Any, T]]:
+    @functools.wraps(call)
+    async def whole(*args: P.args, **kwargs: P.kwargs) -> T:
+        return await to_the_end(call(*args, **kwargs))
+
+    return whole
 
 
 @_all_to_the_end
@@ -157,8 +153,13 @@ class Catalogue:
 
     # ── sessions ────────────────────────────────────────────────────────────────────────────────
 
-    async def add_session(self, session: Session, most: int = 0) -> None:
+    async def add_session(
+        self, session: Session, conversation: Mapping[str, Any] | None = None, most: int = 0
+    ) -> None:
         """Raises StorageQuotaExceeded where its owner has `most` already; 0 is no limit."""
+        values = {name: getattr(session, name) for name in _SESSION} | {
+            "conversation": conversation
+        }
         async with self._changing() as connection:
             if most:
                 count = select(func.count()).select_from(sessions)
@@ -170,24 +171,35 @@ class Catalogue:
                         action="Delete sessions with 'hive session delete', or wait until idle "
                         "ones expire.",
                     )
-            await connection.execute(insert(sessions).values(**asdict(session)))
+            await connection.execute(insert(sessions).values(**values))
 
     async def session(self, session_id: str, owner: str | None) -> Session:
         """Raises SessionNotFound."""
-        wanted = select(sessions).where(sessions.c.id == session_id)
-        if owner is not None:
-            wanted = wanted.where(sessions.c.owner == owner)
+        wanted = _one_session(select(*_SESSION.values(), _HAS_CONVERSATION), session_id, owner)
         async with self._looking() as connection:
             row = (await connection.execute(wanted)).mappings().first()
         if row is None:
             raise SessionNotFound(f"Session not found: {session_id}")
         return _session(row)
 
+    async def conversation(self, session_id: str, owner: str | None) -> dict[str, Any] | None:
+        """What the engine would be sent to go on with it; None before the first answer.
+
+        Raises SessionNotFound.
+        """
+        wanted = _one_session(select(sessions.c.conversation), session_id, owner)
+        async with self._looking() as connection:
+            row = (await connection.execute(wanted)).first()
+        if row is None:
+            raise SessionNotFound(f"Session not found: {session_id}")
+        return None if row.conversation is None else dict(row.conversation)
+
     async def sessions(
         self, owner: str | None, *, state: SessionState | None = None, most: int = MOST_PAGE
     ) -> list[Session]:
         """The last used first."""
-        wanted = select(sessions).order_by(sessions.c.used_at.desc(), sessions.c.id).limit(most)
+        wanted = select(*_SESSION.values(), _HAS_CONVERSATION)
+        wanted = wanted.order_by(sessions.c.used_at.desc(), sessions.c.id).limit(most)
         if owner is not None:
             wanted = wanted.where(sessions.c.owner == owner)
         if state is not None:
@@ -296,16 +308,24 @@ class Catalogue:
 
     async def window(self, name: str, owner: str | None) -> Window:
         """One that is frozen. Raises WindowNotFound."""
-        found = await self.windows(owner, name=name, most=1)
+        found = await self.named(name, owner)
         if not found:
             raise WindowNotFound(f"Window not found: {name}")
         return found[0]
+
+    async def named(
+        self, name: str, owner: str | None, state: WindowState | None = WindowState.FROZEN
+    ) -> list[Window]:
+        """All of that name, one of an owner at most, in no order."""
+        # An order would have SQLite read the index of that order, and whole.
+        wanted = _fitting(select(windows), owner=owner, name=name, state=state).limit(MOST_PAGE)
+        async with self._looking() as connection:
+            return [_window(row) for row in (await connection.execute(wanted)).mappings()]
 
     async def windows(
         self,
         owner: str | None,
         *,
-        name: str | None = None,
         model: str | None = None,
         session_id: str | None = None,
         state: WindowState | None = WindowState.FROZEN,
@@ -318,7 +338,9 @@ class Catalogue:
         """A page of those that fit, in the order of `sort`."""
         column = windows.c[sort]
         order = column.desc() if is_descending else column.asc()
-        wanted = _fitting(select(windows), owner, name, model, session_id, state)
+        wanted = _fitting(
+            select(windows), owner=owner, model=model, session_id=session_id, state=state
+        )
         if tag is not None:
             each = func.json_each(windows.c.tags).table_valued("value")
             wanted = wanted.where(select(each.c.value).where(each.c.value == tag).exists())
@@ -334,7 +356,7 @@ class Catalogue:
 
     async def has_window(self, name: str, owner: str) -> bool:
         """Whether the name is taken, by a half-made window, too."""
-        return bool(await self.windows(owner, name=name, state=None, most=1))
+        return bool(await self.named(name, owner, state=None))
 
     async def lineage(self, window: Window) -> tuple[list[str], list[str]]:
         """The names of what it was cloned from, the nearest first, and of what was cloned from it."""
@@ -541,19 +563,16 @@ async def _move(
         raise InvalidStateTransition(f"The session is not {old} any more.")
 
 
-def _fitting(
-    wanted: Select[Any],
-    owner: str | None,
-    name: str | None,
-    model: str | None,
-    session_id: str | None,
-    state: WindowState | None,
-) -> Select[Any]:
-    asked = {"owner": owner, "name": name, "model": model, "session_id": session_id, "state": state}
+def _fitting(wanted: Select[Any], **asked: str | None) -> Select[Any]:
     for column, value in asked.items():
         if value is not None:
             wanted = wanted.where(windows.c[column] == value)
     return wanted
+
+
+def _one_session(wanted: Select[Any], session_id: str, owner: str | None) -> Select[Any]:
+    wanted = wanted.where(sessions.c.id == session_id)
+    return wanted if owner is None else wanted.where(sessions.c.owner == owner)
 
 
 def _session(row: RowMapping) -> Session:

@@ -42,12 +42,15 @@ windows = Table(
     Column("description", String(1024), nullable=False),
     Column("tags", JSON, nullable=False),
     Column("identity", JSON, nullable=False),
-    Column("conversation", JSON, nullable=False),
     Column("receipt", JSON),
     Column("parent_id", String(32)),
     UniqueConstraint("owner", "name"),
-    Index(None, "owner", "created_at"),
-    Index(None, "state"),
+    Index(None, "name", "state"),  # of whichever owner
+    # Pages of whoever may see all, and of one owner, in the order that is asked for if no other is.
+    Index(None, "state", "created_at"),
+    Index(None, "owner", "state", "created_at"),
+    Index(None, "owner", "bytes"),  # sums are had from the index alone
+    Index(None, "parent_id"),
 )
 
 sessions = Table(
@@ -60,8 +63,10 @@ sessions = Table(
     Column("salt", String(64), nullable=False),
     Column("created_at", Float, nullable=False),
     Column("used_at", Float, nullable=False),
-    Column("conversation", JSON),
+    Column("conversation", JSON(none_as_null=True)),
     Column("window_id", String(32), ForeignKey("windows.id", ondelete="SET NULL")),
-    Index(None, "owner", "created_at"),
+    Index(None, "owner", "used_at"),
+    Index(None, "used_at"),
     Index(None, "state", "used_at"),
+    Index(None, "window_id"),  # which a window's end looks for
 )

@@ -88,7 +88,6 @@ class Manifest(msgspec.Struct, frozen=True):
             model=self.model,
             salt=self.salt,
             created_at=self.created_at,
-            conversation=self.conversation,
             identity=self.identity,
             tokens=len(self.tokens),
             blocks=len(self.blocks),
@@ -298,20 +297,12 @@ class WindowFiles:
                 linked += 1
         return linked
 
-    def drop(self, manifest: Manifest, chunk: int, health: Health, names: Sequence[str]) -> None:
-        """Take corrupt blocks out of the window, and out of the tier where they are the same file.
-
-        LMCache neither checks what it reads nor writes what is there. Raises StorageWriteFailed.
-        """
+    def drop(self, manifest: Manifest, health: Health) -> None:
+        """Take a chunk's corrupt blocks out of the window. Raises StorageWriteFailed."""
         folder = self.folder(manifest.id)
         with _writing():
-            for block, name in zip(manifest.blocks[chunk], names, strict=True):
-                if block.name not in health.corrupt:
-                    continue
-                own, theirs = folder / block.name, self.tier / name
-                with contextlib.suppress(FileNotFoundError):
-                    if os.path.samefile(own, theirs):
-                        theirs.unlink()
+            for name in health.corrupt:
+                own = folder / name
                 if own.is_dir() and not own.is_symlink():
                     shutil.rmtree(own)
                 else:
@@ -320,7 +311,7 @@ class WindowFiles:
     def expel(self, manifest: Manifest, health: Sequence[Health]) -> None:
         """Take corrupt blocks out of the tier, by whichever name they are there.
 
-        Raises StorageWriteFailed.
+        LMCache neither checks what it reads nor writes what is there. Raises StorageWriteFailed.
         """
         folder = self.folder(manifest.id)
         corrupt = set()
@@ -389,6 +380,7 @@ class WindowFiles:
 
 def made(
     window: Window,
+    conversation: dict[str, Any],
     tokens: Sequence[int],
     hashes: Sequence[bytes],
     blocks: list[list[Block]],
@@ -408,7 +400,7 @@ def made(
         hashes=[one.hex() for one in hashes],
         blocks=blocks,
         identity=asdict(identity),
-        conversation=window.conversation,
+        conversation=conversation,
         description=window.description,
         tags=list(window.tags),
         parent_id=window.parent_id,

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from hive.events import Announcer
 from hive.settings import Settings
 from hive.storage.catalogue import opened
+from hive.windows.blocks import Blocks
 from hive.windows.engines import Engines
 from hive.windows.files import WindowFiles
 from hive.windows.operations import GIB, Windows
@@ -49,7 +50,8 @@ async def keeping(
             log.warning("%s", line)
         sessions = Sessions(settings, catalogue, announcer)
         engines = Engines(settings, fleet)
-        windows = Windows(settings, catalogue, files, tier, sessions, engines, announcer)
+        blocks = Blocks(files, tier, engines)
+        windows = Windows(settings, catalogue, files, blocks, sessions, announcer)
         await windows.count()
         await asyncio.to_thread(tier.clear)
         async with sessions.running(), tier.bounded():

@@ -9,78 +9,45 @@ blocks go back into LMCache's tier, and the engine's own count at the next reque
 import asyncio
 import contextlib
 import logging
-import random
 import re
 import secrets
-import shutil
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field, replace
-from functools import partial
-from typing import Any, TypeVar
+from typing import Any
 
 from msgspec import structs
-from tenacity import AsyncRetrying, RetryCallState, retry_if_exception_type, stop_after_attempt
 
 from hive.errors import (
-    BlockNotFound,
     HiveError,
-    InsufficientDisk,
     InternalError,
     InvalidParameter,
     InvalidStateTransition,
     InvalidWindowName,
-    ModelIncompatible,
-    OperationTimeout,
     SessionAlreadyFrozen,
     SessionIsolation,
     SessionNotActive,
-    StorageCorrupted,
     StorageQuotaExceeded,
-    StorageReadFailed,
-    StorageWriteFailed,
     StoreUnreachable,
     WindowAlreadyExists,
     WindowNotFound,
 )
 from hive.events import Announcer, WindowOperationEnded, WindowsCounted
 from hive.policy import conversations
-from hive.policy.retries import RETRIES
-from hive.policy.windows import (
-    Identity,
-    SessionState,
-    Shape,
-    WindowState,
-    block_names,
-    chain,
-    usable,
-)
+from hive.policy.windows import SessionState, WindowState
 from hive.settings import Settings
 from hive.storage.catalogue import Catalogue, Session, Window
-from hive.windows.engines import Engines, Slot
-from hive.windows.files import Block, Health, Manifest, WindowFiles, made
+from hive.storage.finishing import to_the_end
+from hive.windows.blocks import Blocks
+from hive.windows.files import Health, WindowFiles
 from hive.windows.sessions import Sessions, checked_id
-from hive.windows.tier import Tier
+from hive.windows.work import LIMIT_S, Progress, in_thread, limit_s, limited, unheard
 
 log = logging.getLogger(__name__)
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,127}\Z")
 GIB = 2**30
-LIMIT_S, PER_TOKEN_S, MOST_S = 90.0, 0.01, 300.0  # of one freeze or thaw (C15)
-STALL_S = 3.0  # without another block on disk: those that lack are computed again
-THREADS = 4  # for files
-FEW = 8  # blocks, which tell too little of how large one is
-LEAST_DISK = 64 * 2**20  # bytes that must be free for blocks to be written at all
-LOOK_S = (0.01, 0.1)  # between two looks for blocks on disk, first and longest
-
-Progress = Callable[[str, int, int], None]  # phase, done, of how many
-T = TypeVar("T")
-
-
-def unheard(phase: str, done: int, total: int) -> None:
-    """Progress that nobody wants to hear of."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,14 +95,13 @@ class Windows:
         settings: Settings,
         catalogue: Catalogue,
         files: WindowFiles,
-        tier: Tier,
+        blocks: Blocks,
         sessions: Sessions,
-        engines: Engines,
         announcer: Announcer,
     ) -> None:
         self._settings = settings.windows
-        self._catalogue, self._files, self._tier = catalogue, files, tier
-        self._sessions, self._engines = sessions, engines
+        self._catalogue, self._files, self._blocks = catalogue, files, blocks
+        self._sessions = sessions
         self._announcer = announcer
         self._busy: set[str] = set()  # windows that something is done with
 
@@ -174,7 +140,8 @@ class Windows:
                 if session.state is SessionState.FROZEN:  # by somebody who was first
                     raise SessionAlreadyFrozen
                 self._sessions.must_be_recorded(session_id)
-                if session.conversation is None:
+                said = await self._catalogue.conversation(session_id, owner)
+                if said is None:
                     raise InvalidStateTransition(
                         "Cannot perform this operation in current state: nothing was answered in "
                         "the session yet."
@@ -188,18 +155,17 @@ class Windows:
                     model=session.model,
                     salt=session.salt,
                     created_at=time.time(),
-                    conversation=session.conversation,
                     description=description,
                     tags=tuple(tags),
                 )
                 try:
                     await self._catalogue.begin_window(window, self._settings.max_windows)
-                    async with _limited(LIMIT_S, began) as limit:
-                        window = await self._captured(window, limit, told)
+                    async with limited(LIMIT_S, began) as limit:
+                        window = await self._blocks.captured(window, said, limit, told)
                         await self._must_have_bytes(session.owner, window.bytes)
                     await self._catalogue.commit_window(window, keep_active=keep_active)
                 except BaseException:
-                    await _to_the_end(self._undone(window))
+                    await to_the_end(self._undone(window))
                     raise
                 if not keep_active:
                     self._sessions.moved(session, SessionState.FROZEN)
@@ -207,107 +173,13 @@ class Windows:
                 await self.count()
                 return replace(window, state=WindowState.FROZEN)
 
-    async def _captured(self, window: Window, limit: "_Limit", told: Progress) -> Window:
-        """The window with all its blocks linked, and its folder in place."""
-        async with self._engines.slot(window.model, window.session_id) as slot:
-            told("render", 0, 1)
-            tokens = await slot.tokens(window.conversation, window.model)
-            limit.extend(_limit_s(len(tokens)))
-            shape = slot.shape
-            hashes = await _in_thread(chain, tokens, shape.chunk_tokens)
-            names = _names(shape, hashes, window.salt)
-            flat = [name for chunk in names for name in chunk]
-            with self._tier.holding(flat):
-                part = await _in_thread(self._files.begin, window.id)
-
-                async def attempt(is_again: bool) -> list[list[Block]]:
-                    await self._stored(slot, window, tokens, flat, told, is_again=is_again)
-                    tell = _Teller(told, "link", len(names))
-                    blocks = await _in_thread(self._files.take, part, names, tell, teller=tell)
-                    await self._must_be_alike(blocks, names)
-                    return blocks
-
-                blocks = await _retried("block_write", attempt)
-        manifest = made(window, tokens, hashes, blocks, slot.identity)
-        await _in_thread(self._files.finish, part, manifest)
-        return manifest.window()
-
-    async def _stored(
-        self,
-        slot: Slot,
-        window: Window,
-        tokens: Sequence[int],
-        names: Sequence[str],
-        told: Progress,
-        *,
-        is_again: bool,
-    ) -> None:
-        """Every one of these files is in the tier when this returns.
-
-        Raises StorageWriteFailed where LMCache wrote no more of them for STALL_S.
-        """
-        slot.must_have_cache()
-        missing = await _in_thread(self._tier.missing, names)
-        if not missing:
-            told("store", len(names), len(names))
-            return
-        if is_again:
-            await self._engines.forget(missing)
-        await slot.compute(tokens, window.model, window.salt)
-        pause_s, longest_s = LOOK_S
-        patience_until = time.monotonic() + STALL_S
-        while True:
-            told("store", len(names) - len(missing), len(names))
-            slot.must_have_cache()  # else nobody stores them, and the engine waits to be restarted
-            left = await _in_thread(self._tier.missing, missing)
-            if not left:
-                return
-            if len(left) < len(missing):
-                patience_until = time.monotonic() + STALL_S
-            elif time.monotonic() > patience_until:
-                await _in_thread(self._must_have_disk)
-                raise StorageWriteFailed(
-                    f"{len(left)} of {len(names)} blocks were not stored by the KV cache server."
-                )
-            missing = left
-            await asyncio.sleep(pause_s)
-            pause_s = min(2 * pause_s, longest_s)
-
-    def _must_have_disk(self) -> None:
-        """LMCache tells nobody that it could not write for that reason. Raises InsufficientDisk."""
-        if shutil.disk_usage(self._tier.directory).free < LEAST_DISK:
-            raise InsufficientDisk(
-                "The disk under server.state_dir is full.",
-                action="Free space there, or delete old windows with 'hive window delete'.",
-            )
-
-    async def _must_be_alike(
-        self, blocks: Sequence[Sequence[Block]], names: Sequence[Sequence[str]]
-    ) -> None:
-        """A block shorter than the others was cut off by a crash, and LMCache never mends one."""
-        size = max((block.size for chunk in blocks for block in chunk), default=0)
-        if 0 < len(names) < FEW:  # all of them may have been cut off alike
-            beginning = names[0][0].rpartition("@0x")[0] + "@"
-            size = max(size, await _in_thread(self._tier.largest, beginning))
-        short = [
-            name
-            for chunk, named in zip(blocks, names, strict=True)
-            for block, name in zip(chunk, named, strict=True)
-            if block.size != size or not size
-        ]
-        if short:
-            for name in short:
-                (self._tier.directory / name).unlink(missing_ok=True)
-            raise StorageWriteFailed(f"{len(short)} blocks in the KV tier were not whole.")
-
     async def _undone(self, window: Window) -> None:
         """As if nothing had been tried (R107), unless it was done before its client left."""
         try:
             row = await self._catalogue.window_by_id(window.id)
             if row is not None and row.state is WindowState.FROZEN:
                 return
-            await _in_thread(self._files.remove, window.id)
-            self._tier.look_again()
+            await self._blocks.removed(window.id)
             await self._catalogue.remove_window(window.id)
         except HiveError:
             # The next start finds the row and what belongs to it, and takes both away.
@@ -362,21 +234,22 @@ class Windows:
             if session_id is not None:
                 session = await self._catalogue.session(session_id, owner)
                 _must_be_of(window, session)
-            async with _limited(_limit_s(window.tokens), began):
-                manifest = await _in_thread(self._files.manifest, window.id)
-                receipt, warnings = await self._restored(manifest, require_full, told)
+            async with limited(limit_s(window.tokens), began):
+                manifest = await in_thread(self._files.manifest, window.id)
+                receipt, warnings = await self._blocks.restored(manifest, require_full, told)
+            said = manifest.conversation
             if session is None:
                 session = await self._sessions.create(
                     window.owner,
                     window.model,
                     salt=window.salt,
                     state=SessionState.THAWED,
-                    conversation=window.conversation,
+                    conversation=said,
                     window_id=window.id,
                 )
             else:
                 more = {
-                    "conversation": window.conversation,
+                    "conversation": said,
                     "used_at": time.time(),
                     "window_id": window.id,
                 }
@@ -387,81 +260,15 @@ class Windows:
             promised = int(receipt["usable_tokens"])
             self._sessions.expects(session.id, window.id, name, promised)
             note.session, note.blocks = session.id, int(receipt["blocks_found"])
-            messages = conversations.messages_of(window.conversation)
+            messages = conversations.messages_of(said)
             return Thawed(session, messages, receipt, warnings)
-
-    async def _restored(
-        self, manifest: Manifest, require_full: bool, told: Progress
-    ) -> tuple[dict[str, Any], list[str]]:
-        """Put what is whole where the engine finds it; the receipt, and what to warn of."""
-        async with self._engines.slot(manifest.model, manifest.session_id) as slot:
-            _must_fit(manifest, slot.identity)
-            shape = slot.shape
-        hashes = [bytes.fromhex(one) for one in manifest.hashes]
-        names = _names(shape, hashes, manifest.salt)
-        with self._tier.holding(name for chunk in names for name in chunk):
-            health = await self._health(manifest, told)
-            whole = [one.is_whole for one in health]
-            found = usable(whole, shape.chunk_tokens)
-            if not found.usable_tokens and manifest.blocks:
-                raise StorageCorrupted(
-                    f"Context data failed its integrity check: none of the {len(whole)} blocks of "
-                    "the window can be used."
-                )
-            if require_full and found.is_partial:
-                raise BlockNotFound(
-                    f"Some context data is unavailable: {found.blocks_missing} blocks are missing "
-                    "or damaged."
-                )
-
-            def give_back() -> int:
-                linked = 0
-                for at, one in enumerate(health):
-                    if one.is_whole:
-                        linked += self._files.give_back(manifest, at, names[at])
-                    else:
-                        self._files.drop(manifest, at, one, names[at])
-                return linked
-
-            linked = await _retried("storage", lambda _: _in_thread(give_back))
-            told("prefetch", 0, 1)
-            tokens = manifest.tokens[: found.usable_tokens]
-            in_cache, of_all = await self._engines.prefetch(tokens, shape, manifest.salt)
-        warnings = []
-        if found.is_partial:
-            warnings.append(f"{found.blocks_missing} blocks could not be restored")
-            log.warning("window %s: %s", manifest.name, warnings[0])
-        if in_cache < of_all:
-            warnings.append(f"the KV cache server found {in_cache} of {of_all} files")
-            log.warning("window %s: %s", manifest.name, warnings[-1])
-        receipt = {
-            "blocks_found": found.blocks_found,
-            "blocks_missing": found.blocks_missing,
-            "usable_tokens": found.usable_tokens,
-            "recompute_tokens": len(manifest.tokens) - found.usable_tokens,
-            "partial": found.is_partial,
-            "linked_files": linked,
-            "thawed_at": time.time(),
-        }
-        return receipt, warnings
-
-    async def _health(self, manifest: Manifest, told: Progress) -> list[Health]:
-        tell = _Teller(told, "check", len(manifest.blocks))
-        health = await _retried(
-            "storage", lambda _: _in_thread(self._files.health, manifest, tell, teller=tell)
-        )
-        if any(one.corrupt for one in health):
-            # LMCache checks nothing, so an engine may load it at any moment, whoever asks.
-            await _in_thread(self._files.expel, manifest, health)
-            self._tier.look_again()
-        return health
 
     # ── look, clone, delete ─────────────────────────────────────────────────────────────────────
 
     async def window(self, owner: str | None, name: str) -> Window:
         """Raises InvalidWindowName, WindowNotFound; InvalidParameter where several fit an admin."""
         checked_name(name)
-        found = await self._catalogue.windows(owner, name=name, most=2)
+        found = await self._catalogue.named(name, owner)
         if not found:
             raise WindowNotFound(f"Window not found: {name}")
         if len(found) > 1:
@@ -474,22 +281,14 @@ class Windows:
 
     async def has_own(self, owner: str, name: str) -> bool:
         """Whether a key has a window of that name itself."""
-        return bool(await self._catalogue.windows(owner, name=name, most=1))
+        return bool(await self._catalogue.named(name, owner))
 
     async def status(self, owner: str | None, name: str) -> "Status":
         """With its family, and how much of it LMCache has at hand."""
         window = await self.window(owner, name)
         ancestors, clones = await self._catalogue.lineage(window)
-        in_tier = await _in_thread(self._in_tier, window)
+        in_tier = await self._blocks.in_tier(window.id)
         return Status(window, ancestors, clones, in_tier)
-
-    def _in_tier(self, window: Window) -> int | None:
-        """How many of its files LMCache's tier has, by whichever name; None: that is not known."""
-        try:
-            manifest = self._files.manifest(window.id)
-            return self._files.shared(manifest)
-        except HiveError:
-            return None
 
     async def windows(self, owner: str | None, **more: Any) -> list[Window]:
         """A page of them; see Catalogue.windows for what may be asked."""
@@ -502,7 +301,7 @@ class Windows:
         async with self._noted("clone", new_name, window) as note, self._alone(window):
             await self._must_be_free(window.owner, new_name)
             await self._must_have_room(window.owner)
-            manifest = await _in_thread(self._files.manifest, window.id)
+            manifest = await in_thread(self._files.manifest, window.id)
             cloned = structs.replace(
                 manifest,
                 id=secrets.token_hex(16),
@@ -514,10 +313,10 @@ class Windows:
             await self._must_have_bytes(window.owner, row.bytes)
             try:
                 await self._catalogue.begin_window(row, self._settings.max_windows)
-                await _in_thread(self._files.clone, manifest, cloned)
+                await in_thread(self._files.clone, manifest, cloned)
                 await self._catalogue.commit_window(row, keep_active=True)
             except BaseException:
-                await _to_the_end(self._undone(row))
+                await to_the_end(self._undone(row))
                 raise
             note.blocks, note.bytes = row.blocks, row.bytes
             await self.count()
@@ -529,7 +328,7 @@ class Windows:
         async with self._noted("delete", name, window) as note, self._alone(window):
             note.blocks, note.bytes = window.blocks, window.bytes
             # Half deleted nobody could find it, to delete it again.
-            await _to_the_end(self._deleted(window.id))
+            await to_the_end(self._deleted(window.id))
             await self.count()
 
     async def _deleted(self, window_id: str) -> None:
@@ -538,8 +337,7 @@ class Windows:
 
     async def removed(self, window_id: str) -> None:
         """Its files first, its row last."""
-        await _retried("storage", lambda _: _in_thread(self._files.remove, window_id))
-        self._tier.look_again()
+        await self._blocks.removed(window_id)
         await self._catalogue.remove_window(window_id)
 
     # ── verify and repair ───────────────────────────────────────────────────────────────────────
@@ -548,8 +346,8 @@ class Windows:
         """Read every byte of it. Raises StorageCorrupted where its manifest is no help any more."""
         window = await self.window(owner, name)
         async with self._noted("verify", name, window) as note, self._alone(window):
-            manifest = await _in_thread(self._files.manifest, window.id)
-            health = await self._health(manifest, told)
+            manifest = await in_thread(self._files.manifest, window.id)
+            health = await self._blocks.health(manifest, told)
             note.blocks = len(health)
             return _report(name, health)
 
@@ -560,71 +358,20 @@ class Windows:
         began = time.monotonic()
         window = await self.window(owner, name)
         async with self._noted("repair", name, window) as note, self._alone(window):
-            manifest = await _in_thread(self._files.manifest, window.id)
-            async with _limited(_limit_s(window.tokens), began):
-                health = await self._health(manifest, told)
-                damaged = [at for at, one in enumerate(health) if not one.is_whole]
-                if not damaged:
+            manifest = await in_thread(self._files.manifest, window.id)
+            async with limited(limit_s(window.tokens), began):
+                health = await self._blocks.health(manifest, told)
+                if all(one.is_whole for one in health):
                     return _report(name, health)
-                async with self._engines.slot(window.model, window.session_id) as slot:
-                    _must_fit(manifest, slot.identity)
-                    report = await self._mended(manifest, health, damaged, slot, told)
+                done = await self._blocks.mended(manifest, health, told)
+                await self._catalogue.note_bytes(window.id, done.manifest.bytes)
+            report = replace(
+                _report(name, [Health() for _ in health]),
+                recovered=done.recovered,
+                recomputed=done.recomputed,
+            )
             note.blocks = report.recovered + report.recomputed
             return report
-
-    async def _mended(
-        self,
-        manifest: Manifest,
-        health: list[Health],
-        damaged: list[int],
-        slot: Slot,
-        told: Progress,
-    ) -> Report:
-        hashes = [bytes.fromhex(one) for one in manifest.hashes]
-        names = _names(slot.shape, hashes, manifest.salt)
-        flat = [name for at in damaged for name in names[at]]
-        blocks, recovered, again = list(manifest.blocks), 0, []
-        with self._tier.holding(flat):
-
-            def recover() -> None:
-                nonlocal recovered
-                for at in damaged:
-                    self._files.drop(manifest, at, health[at], names[at])
-                    if self._files.take_again(manifest, at, names[at], as_it_was=True):
-                        recovered += 1
-                    else:
-                        again.append(at)
-                        for name in names[at]:  # whatever it is, it is not what was frozen
-                            (self._tier.directory / name).unlink(missing_ok=True)
-
-            await _in_thread(recover)
-            if again:
-                lacking = [name for at in again for name in names[at]]
-
-                async def attempt(is_again: bool) -> None:
-                    window = manifest.window()
-                    await self._engines.forget(lacking)
-                    await self._stored(
-                        slot, window, manifest.tokens, lacking, told, is_again=is_again
-                    )
-
-                    def take() -> None:
-                        for at in again:
-                            found = self._files.take_again(manifest, at, names[at], as_it_was=False)
-                            if found is None:
-                                raise StorageWriteFailed(
-                                    "A block was gone as soon as it was there."
-                                )
-                            blocks[at] = found
-
-                    await _in_thread(take)
-
-                await _retried("block_write", attempt)
-                mended = structs.replace(manifest, blocks=blocks)
-                await _in_thread(self._files.rewrite, mended)
-                await self._catalogue.note_bytes(manifest.id, mended.bytes)
-        whole = [Health() for _ in health]
-        return replace(_report(manifest.name, whole), recovered=recovered, recomputed=len(again))
 
     # ── inside ──────────────────────────────────────────────────────────────────────────────────
 
@@ -702,73 +449,6 @@ def checked_name(name: str) -> str:
     return name
 
 
-def _names(shape: Shape, hashes: Sequence[bytes], salt: str) -> list[list[str]]:
-    return [block_names(shape, one, salt) for one in hashes]
-
-
-def _limit_s(tokens: int) -> float:
-    return min(MOST_S, LIMIT_S + tokens * PER_TOKEN_S)
-
-
-class _Limit:
-    """How long an operation may take; more, once it is known how large it is."""
-
-    def __init__(self, seconds: float) -> None:
-        self.seconds = seconds
-        self.timeout = asyncio.timeout(seconds)
-
-    def extend(self, seconds: float) -> None:
-        due = self.timeout.when()
-        assert due is not None
-        self.timeout.reschedule(due + seconds - self.seconds)
-        self.seconds = seconds
-
-
-@asynccontextmanager
-async def _limited(seconds: float, began: float) -> AsyncIterator[_Limit]:
-    """Raises OperationTimeout."""
-    limit = _Limit(seconds)
-    try:
-        async with limit.timeout:
-            yield limit
-    except TimeoutError as exc:
-        if not limit.timeout.expired():
-            raise
-        raise OperationTimeout(
-            f"The operation took longer than {limit.seconds:g} s.",
-            timeout_seconds=limit.seconds,
-            elapsed_seconds=round(time.monotonic() - began, 3),
-        ) from exc
-
-
-async def _retried(operation: str, attempt: Callable[[bool], Awaitable[T]]) -> T:
-    """By the table (R101): what is tried hears whether it was tried before.
-
-    A file that went away meanwhile counts as one that could not be written.
-    """
-    policy = RETRIES[operation]
-
-    async def call() -> T:
-        try:
-            return await attempt(retrying.statistics["attempt_number"] > 1)
-        except FileNotFoundError as exc:
-            raise StorageWriteFailed("A block went away while it was being linked.") from exc
-
-    def tell(state: RetryCallState) -> None:
-        error = state.outcome.exception() if state.outcome else None
-        log.warning("%s failed, attempt %d: %s", operation, state.attempt_number, error)
-
-    retrying = AsyncRetrying(
-        stop=stop_after_attempt(policy.calls),
-        wait=lambda state: policy.delay_s(state.attempt_number, random.random()),  # noqa: S311
-        # C25: what no repetition helps is told at once.
-        retry=retry_if_exception_type((StorageWriteFailed, StorageReadFailed)),
-        before_sleep=tell,
-        reraise=True,
-    )
-    return await retrying(call)
-
-
 def _must_be_of(window: Window, session: Session) -> None:
     """A window goes back into the session that it was made from, or into a new one."""
     if session.salt != window.salt or session.model != window.model:
@@ -783,20 +463,6 @@ def _must_be_of(window: Window, session: Session) -> None:
         )
 
 
-def _must_fit(manifest: Manifest, now: Identity) -> None:
-    """Raises ModelIncompatible that names what differs."""
-    frozen = Identity(**manifest.identity)
-    if fields := frozen.differs_in(now):
-        raise ModelIncompatible(
-            f"The window was frozen from another model: {', '.join(fields)} "
-            f"{'differs' if len(fields) == 1 else 'differ'}.",
-            fields={
-                name: {"frozen": getattr(frozen, name), "now": getattr(now, name)}
-                for name in fields
-            },
-        )
-
-
 def _report(name: str, health: Sequence[Health]) -> Report:
     return Report(
         name=name,
@@ -805,49 +471,3 @@ def _report(name: str, health: Sequence[Health]) -> Report:
         missing=[block for one in health for block in one.missing],
         corrupt=[block for one in health for block in one.corrupt],
     )
-
-
-class _Stopped(Exception):
-    """Raised in a thread whose work nobody waits for any more."""
-
-
-class _Teller:
-    """A thread's progress, told in the loop; and the loop's wish that it stops, told in the thread."""
-
-    def __init__(self, told: Progress, phase: str, total: int) -> None:
-        self._told, self._phase, self._total = told, phase, total
-        self._loop = asyncio.get_running_loop()
-        self.is_stopped = False
-
-    def __call__(self, done: int) -> None:
-        if self.is_stopped:
-            raise _Stopped
-        if self._told is not unheard:
-            self._loop.call_soon_threadsafe(self._told, self._phase, done, self._total)
-
-
-# Its own threads: however slow the disk is, engines are started and watched meanwhile.
-_threads = ThreadPoolExecutor(THREADS, "windows")
-
-
-async def _in_thread(work: Callable[..., T], *args: Any, teller: _Teller | None = None) -> T:
-    """What blocks. Cancelled, it stops where it can, and nothing is done before it has: what undoes
-    it would be in its way."""
-    loop = asyncio.get_running_loop()
-    return await _to_the_end(loop.run_in_executor(_threads, partial(work, *args)), teller)
-
-
-async def _to_the_end(doing: Awaitable[T], teller: _Teller | None = None) -> T:
-    """Wait for it; cancelled meanwhile, wait all the same, and be cancelled then."""
-    future = asyncio.ensure_future(doing)
-    try:
-        return await asyncio.shield(future)
-    except asyncio.CancelledError:
-        if teller is not None:
-            teller.is_stopped = True
-        while not future.done():
-            with contextlib.suppress(asyncio.CancelledError):
-                await asyncio.wait({future})
-        if not future.cancelled():
-            future.exception()  # nobody is there to be told
-        raise

@@ -41,8 +41,8 @@ _TAKES = (SessionState.ACTIVE, SessionState.THAWED)
 
 
 @dataclass(slots=True)
-class _Now:
-    """What happens to a session at this moment."""
+class _Use:
+    """What a session is in use for at this moment."""
 
     answering: int = 0
     # Answers that are written down, each after the one before it.
@@ -101,7 +101,7 @@ class Sessions:
         self._idle_s = settings.windows.session_idle_s
         self._most = settings.windows.max_sessions
         self._catalogue, self._announcer = catalogue, announcer
-        self._now: dict[str, _Now] = {}
+        self._uses: dict[str, _Use] = {}
         self._changes = 0  # of states, by anybody here
         self._unproved: dict[str, tuple[str, str, int]] = {}  # by session: window and promise
         self._behind: set[str] = set()  # whose last answer could not be written down
@@ -129,7 +129,8 @@ class Sessions:
         *,
         salt: str | None = None,
         state: SessionState = SessionState.ACTIVE,
-        **more: Any,
+        conversation: dict[str, Any] | None = None,
+        window_id: str | None = None,
     ) -> Session:
         """A new one. Raises ModelNotFound, or InvalidParameter for a model without windows."""
         configured = self._models.get(model)
@@ -156,9 +157,10 @@ class Sessions:
             created_at=now,
             used_at=now,
             state=state,
-            **more,
+            has_conversation=conversation is not None,
+            window_id=window_id,
         )
-        await self._catalogue.add_session(session, self._most)
+        await self._catalogue.add_session(session, conversation, self._most)
         self._announcer.announce(SessionMoved(session.id, model, "", str(state)))
         return session
 
@@ -169,6 +171,11 @@ class Sessions:
         """
         await self.recorded(checked_id(session_id))
         return await self._catalogue.session(session_id, owner)
+
+    async def messages(self, session: Session) -> list[Any]:
+        """What was said in it. Raises SessionNotFound."""
+        said = await self._catalogue.conversation(session.id, session.owner)
+        return conversations.messages_of(said) if said else []
 
     async def listed(
         self, owner: str | None, *, state: SessionState | None, most: int
@@ -199,8 +206,8 @@ class Sessions:
             session = await self._catalogue.session(checked_id(session_id), owner)
             if changes == self._changes and not self._is_expiring:
                 break  # else it may be older than what was just decided
-        now = self._now.get(session_id)
-        if now is not None and now.is_freezing:
+        use = self._uses.get(session_id)
+        if use is not None and use.is_freezing:
             raise SessionNotActive("The session is being frozen.", state="FREEZING")
         if session.state not in _TAKES:
             raise SessionNotActive(f"The session is {session.state}.", state=str(session.state))
@@ -211,7 +218,7 @@ class Sessions:
                 allowed=[session.model],
                 action="Name the session's own model.",
             )
-        self._now.setdefault(session_id, _Now()).answering += 1
+        self._uses.setdefault(session_id, _Use()).answering += 1
         return Visit(self, session, kind, body)
 
     # ── while they are used ─────────────────────────────────────────────────────────────────────
@@ -220,15 +227,15 @@ class Sessions:
         self, session: Session, kind: Kind, request: bytes, answer: bytes | None, is_stream: bool
     ) -> None:
         """A request is over; with `answer` it has had a whole one, which is written down."""
-        now = self._now[session.id]
-        now.answering -= 1
+        use = self._uses[session.id]
+        use.answering -= 1
         if answer is None:
             self._forget(session.id)
             return
         assert self._tasks is not None
         done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        before = now.recording[-1] if now.recording else None
-        now.recording.append(done)
+        before = use.recording[-1] if use.recording else None
+        use.recording.append(done)
         self._tasks.create_task(
             self._record(session, kind, request, answer, is_stream, before, done),
             name=f"record:{session.id}",
@@ -255,7 +262,7 @@ class Sessions:
             if await self._catalogue.spoke(session.id, told, time.time()):
                 self._behind.discard(session.id)
                 if session.state is SessionState.THAWED:
-                    self._tell(session, SessionState.ACTIVE)
+                    self.moved(session, SessionState.ACTIVE)
                 if heard.cached_tokens is not None:
                     await self._prove(session, heard.cached_tokens)
         except Exception:  # the boundary of a task nobody waits for
@@ -263,7 +270,7 @@ class Sessions:
             log.exception("session %s: what was said is not recorded", session.id)
         finally:
             done.set_result(None)
-            self._now[session.id].recording.remove(done)
+            self._uses[session.id].recording.remove(done)
             self._forget(session.id)
 
     def expects(self, session_id: str, window_id: str, window: str, promised_tokens: int) -> None:
@@ -296,17 +303,17 @@ class Sessions:
     @contextmanager
     def frozen_still(self, session_id: str) -> Iterator[None]:
         """Nothing is asked in it while the block runs. Raises InvalidStateTransition (CWM-3001)."""
-        now = self._now.setdefault(session_id, _Now())
-        if now.is_freezing or now.answering:
-            what = "frozen or thawed" if now.is_freezing else "answered in"
+        use = self._uses.setdefault(session_id, _Use())
+        if use.is_freezing or use.answering:
+            what = "frozen or thawed" if use.is_freezing else "answered in"
             raise InvalidStateTransition(
                 f"Cannot perform this operation in current state: the session is being {what}."
             )
-        now.is_freezing = True
+        use.is_freezing = True
         try:
             yield
         finally:
-            now.is_freezing = False
+            use.is_freezing = False
             self._changes += 1
             self._forget(session_id)
 
@@ -321,29 +328,26 @@ class Sessions:
 
     async def recorded(self, session_id: str) -> None:
         """What was answered so far is written down when this returns."""
-        now = self._now.get(session_id)
-        if now is not None and now.recording:
-            await asyncio.wait(set(now.recording))
+        use = self._uses.get(session_id)
+        if use is not None and use.recording:
+            await asyncio.wait(set(use.recording))
 
     async def move(self, session: Session, new: SessionState, **more: Any) -> None:
         """Raises InvalidStateTransition where the table (C24) has no such step."""
         await self._catalogue.move_session(session.id, session.state, new, **more)
-        self._tell(session, new)
+        self.moved(session, new)
 
-    def _tell(self, session: Session, new: SessionState) -> None:
+    def moved(self, session: Session, new: SessionState) -> None:
+        """Tell it, once the catalogue has it."""
         self._changes += 1
         self._announcer.announce(
             SessionMoved(session.id, session.model, str(session.state), str(new))
         )
 
-    def moved(self, session: Session, new: SessionState) -> None:
-        """The catalogue has it already, as a part of something larger."""
-        self._tell(session, new)
-
     def _forget(self, session_id: str) -> None:
-        now = self._now.get(session_id)
-        if now is not None and now.is_quiet:
-            del self._now[session_id]
+        use = self._uses.get(session_id)
+        if use is not None and use.is_quiet:
+            del self._uses[session_id]
 
     async def _expiring(self) -> None:
         pause_s = min(EXPIRE_S, self._idle_s / 2)
@@ -354,7 +358,7 @@ class Sessions:
             try:
                 with contextlib.suppress(StoreUnreachable):  # the database is away: later, then
                     since = time.time() - self._idle_s
-                    if count := await self._catalogue.expire(since, but=[*self._now]):
+                    if count := await self._catalogue.expire(since, but=[*self._uses]):
                         log.info("%d idle sessions have expired", count)
             finally:
                 self._changes += 1
@@ -362,7 +366,7 @@ class Sessions:
                 self._has_expired.set()
 
     def __repr__(self) -> str:
-        return f"<Sessions {len(self._now)} in use>"
+        return f"<Sessions {len(self._uses)} in use>"
 
 
 def checked_id(session_id: str) -> str:
@@ -370,12 +374,6 @@ def checked_id(session_id: str) -> str:
     if not ID.match(session_id):
         raise InvalidSessionId(param="session_id")
     return session_id
-
-
-def whole_view(session: Session) -> dict[str, Any]:
-    """… and what was said in it."""
-    told = session.conversation
-    return {**view(session), "messages": conversations.messages_of(told) if told else []}
 
 
 def view(session: Session) -> dict[str, Any]:
@@ -387,5 +385,5 @@ def view(session: Session) -> dict[str, Any]:
         "owner": session.owner or None,
         "created_at": session.created_at,
         "used_at": session.used_at,
-        "has_conversation": session.conversation is not None,
+        "has_conversation": session.has_conversation,
     }

@@ -195,8 +195,11 @@ def test_programs_get_what_was_found(left: Left, capsys: Capture) -> None:
     }
 
 
-def test_what_stays_is_an_error_with_how_to_clear_it(left: Left, capsys: Capture) -> None:
+def test_what_stays_is_an_error_with_how_to_clear_it(
+    left: Left, capsys: Capture, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Here a link stands where the home was: hive does not follow it (R022)."""
+    monkeypatch.setattr("hive.workers.janitor.SETTLE_S", 0.2)
     note = left.start()
     note.home.rmdir()
     note.home.symlink_to(left.runtime)

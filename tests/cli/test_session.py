@@ -1,16 +1,13 @@
 """`hive session`: begin, list, show and delete conversations of a running daemon."""
 
 import json
-import shutil
-import tempfile
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 
 from hive import cli
-from steps import leaks
-from steps.driver import Hive
+from steps.driver import Hive, new_hive
+from tests.windows.daemon import WINDOWS
 
 Capture = pytest.CaptureFixture[str]
 
@@ -18,22 +15,11 @@ Capture = pytest.CaptureFixture[str]
 @pytest.fixture(scope="module")
 def daemon() -> Iterator[Hive]:
     """Serving "m" with windows, for every test of this file."""
-    home = Path(tempfile.mkdtemp(prefix="hv", dir="/tmp"))
-    hive = Hive(home)
-    hive.sections["windows"] = {"kv_chunk_tokens": 16, "kv_ram_gib": 0.1, "kv_tier_gib": 1}
-    hive.model("m", windows=True)
-    try:
-        hive.launch()
-        assert hive.process is not None
-        leaks.shared_pids.add(hive.process.pid)
-        hive.start_was_launched(20)
+    with new_hive() as hive:
+        hive.sections["windows"] = dict(WINDOWS)
+        hive.model("m", windows=True)
+        hive.start(is_shared=True)
         yield hive
-        hive.stop()
-    finally:
-        if hive.process is not None:
-            hive.process.kill()
-            hive.process.wait()
-        shutil.rmtree(home, ignore_errors=True)
 
 
 @pytest.fixture(autouse=True)

@@ -5,10 +5,8 @@ import hashlib
 import json
 import os
 import pty
-import shutil
 import socket
 import subprocess
-import tempfile
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,8 +18,9 @@ from hive import cli
 from hive.cli import client
 from hive.errors import DaemonUnreachable, HiveError, StorageCorrupted
 from steps import leaks
-from steps.driver import HIVE, ROOT, Hive
+from steps.driver import HIVE, ROOT, Hive, new_hive
 from steps.waiting import must
+from tests.windows.daemon import WINDOWS
 
 Capture = pytest.CaptureFixture[str]
 
@@ -33,26 +32,15 @@ BLOCKS = 9  # of 145 tokens: what is asked, 40 of the answer, and what a templat
 @pytest.fixture(scope="module")
 def daemon() -> Iterator[Hive]:
     """Serving "m" to an admin and to Ann, for every test of this file."""
-    home = Path(tempfile.mkdtemp(prefix="hv", dir="/tmp"))
-    hive = Hive(home)
-    hive.sections["windows"] = {"kv_chunk_tokens": 16, "kv_ram_gib": 0.1, "kv_tier_gib": 1}
-    hive.model("m", windows=True)
-    for name, scopes in (("ops", ["inference", "admin"]), ("ann", ["inference"])):
-        sha256 = hashlib.sha256(KEYS[name].encode()).hexdigest()
-        hive.keys.append({"name": name, "sha256": sha256, "scopes": scopes})
-    hive.key = KEYS["ops"]
-    try:
-        hive.launch()
-        assert hive.process is not None
-        leaks.shared_pids.add(hive.process.pid)
-        hive.start_was_launched(20)
+    with new_hive() as hive:
+        hive.sections["windows"] = dict(WINDOWS)
+        hive.model("m", windows=True)
+        for name, scopes in (("ops", ["inference", "admin"]), ("ann", ["inference"])):
+            sha256 = hashlib.sha256(KEYS[name].encode()).hexdigest()
+            hive.keys.append({"name": name, "sha256": sha256, "scopes": scopes})
+        hive.key = KEYS["ops"]
+        hive.start(is_shared=True)
         yield hive
-        hive.stop()
-    finally:
-        if hive.process is not None:
-            hive.process.kill()
-            hive.process.wait()
-        shutil.rmtree(home, ignore_errors=True)
 
 
 @pytest.fixture(autouse=True)

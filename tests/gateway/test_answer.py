@@ -535,7 +535,7 @@ class Talk:
     async def heard(self) -> Any:
         """The last message of what was written down; None where nothing was."""
         await self.sessions.recorded(self.id)
-        told = (await self.sessions.find(self.id, None)).conversation
+        told = await self.sessions._catalogue.conversation(self.id, None)
         if told is None:
             return None
         return told["body"].get("prompt") or told["body"]["messages"][-1]

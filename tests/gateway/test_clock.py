@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
+import uvloop
 
 from hive.gateway.clock import Clock
 from hive.policy.deadlines import Deadline, Due, Limits, Phase
@@ -21,6 +22,8 @@ LONG = Limits(
     cleanup_s=5,
 )
 SHORT_S = 0.05
+
+uvloop.new_event_loop().close()  # libuv keeps a pipe of its own from the first one on
 
 
 class Expired(Exception):
@@ -362,3 +365,17 @@ async def test_the_wait_for_a_slot_counts_from_when_one_is_asked_for() -> None:
 
     assert (await timed.expires()).phase is Phase.QUEUE
     assert timed.took_s >= SHORT_S - 0.002
+
+
+def test_no_limit_passes_before_its_time_on_the_loop_that_hive_runs() -> None:
+    """uvloop counts in whole milliseconds, and would ring up to one early."""
+    took: list[float] = []
+
+    async def expire() -> None:
+        for _ in range(50):
+            timed = Timed(queue_s=0.0045)
+            await timed.expires()
+            took.append(timed.took_s)
+
+    uvloop.run(expire())
+    assert min(took) >= 0.0045

@@ -11,7 +11,7 @@ import pytest
 from aiohttp import web
 
 from hive.gateway.windows import BODY_BYTES, MOST_AT_ONCE, _streamed
-from hive.windows.operations import Progress
+from hive.windows.work import Progress
 from steps.driver import Answer, Hive, Stream
 from steps.waiting import must
 from tests.patience import awaited, until

@@ -47,9 +47,7 @@ def session(number: int = 0, **facts: Any) -> Session:
 
 
 def window(number: int = 0, **facts: Any) -> Window:
-    made = Window(
-        f"{number:032x}", "ci", f"w{number}", "s0", "llama", "salt0", 1000.0 + number, SAID
-    )
+    made = Window(f"{number:032x}", "ci", f"w{number}", "s0", "llama", "salt0", 1000.0 + number)
     return replace(made, **facts)
 
 
@@ -71,9 +69,16 @@ async def frozen(it: Catalogue, made: Window) -> Window:
 @awaited
 async def test_what_is_kept_is_what_was_given() -> None:
     async with catalogue() as it:
-        one = session(conversation=SAID)
-        await it.add_session(one)
+        one = session(has_conversation=True)
+        await it.add_session(one, SAID)
         assert await it.session("s0", "ci") == one
+        assert await it.conversation("s0", "ci") == SAID
+        await it.add_session(session(1))
+        assert await it.conversation("s1", "ci") is None
+        assert await it.sessions("ci") == [session(1), one]
+        for owner in ("other", ""):
+            with pytest.raises(SessionNotFound):
+                await it.conversation("s0", owner)
         kept = await frozen(it, window(tags=("a", "b"), description="x"))
 
         assert await it.window("w0", "ci") == kept
@@ -188,9 +193,10 @@ async def test_only_a_session_that_takes_requests_remembers_them(state: SessionS
         takes = await it.spoke("s0", SAID, 5000.0)
 
         assert takes is (state in (SessionState.ACTIVE, SessionState.THAWED))
-        now = await it.session("s0", None)
+        now, said = await it.session("s0", None), await it.conversation("s0", None)
         wanted = (SAID, 5000.0, SessionState.ACTIVE) if takes else (None, 2000.0, state)
-        assert (now.conversation, now.used_at, now.state) == wanted
+        assert (said, now.used_at, now.state) == wanted
+        assert now.has_conversation is takes
 
 
 @awaited

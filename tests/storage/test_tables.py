@@ -1,8 +1,11 @@
 """The tables are what the migrations make of an empty database."""
 
+import json
 from typing import Any
 
+from alembic import command
 from alembic.autogenerate import compare_metadata
+from alembic.config import Config
 from alembic.migration import MigrationContext
 from sqlalchemy import Connection
 
@@ -20,3 +23,34 @@ async def test_migrations_make_the_tables_as_they_are_declared() -> None:
     with short_directory() as home:
         async with opened(home) as catalogue, catalogue._engine.begin() as connection:
             assert await connection.run_sync(differences) == []
+
+
+def moved(connection: Connection, revision: str) -> None:
+    config = Config()
+    config.set_main_option("script_location", "hive.storage:migrations")
+    config.attributes["connection"] = connection
+    (command.upgrade if revision == "head" else command.downgrade)(config, revision)
+
+
+@awaited
+async def test_what_an_older_hive_has_written_is_kept() -> None:
+    """From the first tables on: JSON's null was no conversation there."""
+    said = json.dumps({"kind": "chat", "body": {"messages": []}})
+    with short_directory() as home:
+        async with opened(home) as it, it._engine.begin() as connection:
+            await connection.run_sync(moved, "0001")
+            row = "INSERT INTO sessions VALUES (?, 'ada', 'm', 'ACTIVE', 's', 1.0, 2.0, ?, NULL)"
+            await connection.exec_driver_sql(row, ("old", "null"))
+            await connection.exec_driver_sql(row, ("new", said))
+            await connection.exec_driver_sql(
+                "INSERT INTO windows (id, owner, name, state, session_id, model, salt, created_at,"
+                " tokens, blocks, bytes, description, tags, identity, conversation) VALUES ('1',"
+                " 'ada', 'w', 'FROZEN', 'old', 'm', 's', 3.0, 16, 1, 4096, '', '[\"a\"]', '{}', '{}')"
+            )
+        async with opened(home) as it:
+            assert await it.conversation("old", "ada") is None
+            assert await it.conversation("new", "ada") == json.loads(said)
+            kept = {one.id: one.has_conversation for one in await it.sessions("ada")}
+            assert kept == {"old": False, "new": True}
+            window = await it.window("w", "ada")
+            assert (window.tags, window.bytes, window.created_at) == (("a",), 4096, 3.0)

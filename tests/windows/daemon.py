@@ -3,16 +3,13 @@
 import contextlib
 import itertools
 import json
-import shutil
 import sys
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from steps import leaks
-from steps.driver import Answer, Hive, Stream
+from steps.driver import Answer, Hive, Stream, new_hive
 from steps.waiting import must
 from tests.gateway.serving import bearer, key, secret_of
 from tests.windows.making import CHUNK
@@ -23,10 +20,10 @@ _number = itertools.count()
 # hive, but with less patience: a block that is not written has its eight tries in 5 seconds.
 IMPATIENT = """
 import runpy, sys
-import hive.windows.operations as operations
+import hive.windows.blocks as blocks
 from hive.policy.retries import RETRIES, RetryPolicy
 
-operations.STALL_S = 0.5
+blocks.STALL_S = 0.5
 RETRIES["block_write"] = RetryPolicy(8, (0.05,))
 sys.argv = sys.argv[sys.argv.index("hive") :]
 runpy.run_module("hive", run_name="__main__", alter_sys=True)
@@ -36,26 +33,16 @@ runpy.run_module("hive", run_name="__main__", alter_sys=True)
 @contextmanager
 def daemon(*knobs: str, windows: dict[str, Any] | None = None, **sections: Any) -> Iterator[Hive]:
     """Model "m" has windows, "n" has not. The client of `Hive` is the admin, "root"."""
-    hive = Hive(Path(tempfile.mkdtemp(prefix="hv", dir="/tmp")))
-    hive.starter = (sys.executable, "-c", IMPATIENT)
-    hive.sections |= {**sections, "windows": {**WINDOWS, **(windows or {})}}
-    keys = [key("root", "inference", "admin"), *map(key, KEYS), key("eve", "metrics")]
-    hive.keys = [{**one, "max_concurrent": 0} for one in keys]
-    hive.key = secret_of("root")
-    hive.model("m", *knobs, windows=True)
-    hive.model("n")
-    try:
-        hive.launch()
-        assert hive.process is not None
-        leaks.shared_pids.add(hive.process.pid)
-        hive.start_was_launched(20)
+    with new_hive() as hive:
+        hive.starter = (sys.executable, "-c", IMPATIENT)
+        hive.sections |= {**sections, "windows": {**WINDOWS, **(windows or {})}}
+        keys = [key("root", "inference", "admin"), *map(key, KEYS), key("eve", "metrics")]
+        hive.keys = [{**one, "max_concurrent": 0} for one in keys]
+        hive.key = secret_of("root")
+        hive.model("m", *knobs, windows=True)
+        hive.model("n")
+        hive.start(is_shared=True)
         yield hive
-        hive.stop()
-    finally:
-        if hive.process is not None and hive.process.poll() is None:
-            hive.process.kill()
-            hive.process.wait()
-        shutil.rmtree(hive.home, ignore_errors=True)
 
 
 class Owner:

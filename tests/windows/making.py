@@ -28,7 +28,6 @@ def window(number: int = 0, **facts: Any) -> Window:
         "model": "m",
         "salt": f"salt{number}",
         "created_at": 1000.0 + number,
-        "conversation": SAID,
     }
     return Window(**{**told, **facts})
 
@@ -59,7 +58,7 @@ class Home:
         self.store(names)
         part = self.files.begin(one.id)
         blocks = self.files.take(part, names, unheard)
-        return part, made(one, tokens, chain(tokens, CHUNK), blocks, IDENTITY), names
+        return part, made(one, SAID, tokens, chain(tokens, CHUNK), blocks, IDENTITY), names
 
     def frozen(self, one: Window, chunks: int = 3) -> tuple[Manifest, list[list[str]]]:
         part, manifest, names = self.begun(one, chunks)

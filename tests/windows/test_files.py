@@ -48,7 +48,7 @@ def test_what_is_frozen_is_what_lmcache_wrote_under_another_name(home: Home) -> 
     assert home.files.shared(manifest) == 6
     row = manifest.window()
     assert (row.name, row.tags, row.tokens, row.blocks) == ("w0", ("a",), 53, 3)
-    assert (row.bytes, row.conversation) == (6 * home.size, SAID)
+    assert (row.bytes, manifest.conversation) == (6 * home.size, SAID)
 
 
 def test_it_is_for_hives_user_alone(home: Home) -> None:
@@ -385,7 +385,9 @@ def test_a_corrupt_block_leaves_the_window_and_the_tier_that_shares_it(home: Hom
     (home.tier / names[0][1]).unlink()
     (home.tier / names[0][1]).write_bytes(b"another file")
     flipped(home.block(manifest, 0, 1))
-    home.files.drop(manifest, 0, home.files.health(manifest, unheard)[0], names[0])
+    health = home.files.health(manifest, unheard)
+    home.files.expel(manifest, health)
+    home.files.drop(manifest, health[0])
     assert not (home.tier / names[0][0]).exists()
     assert (home.tier / names[0][1]).read_bytes() == b"another file"
     assert home.files.health(manifest, unheard)[0] == Health(

@@ -59,7 +59,7 @@ def restart(hive: Hive) -> None:
 
 def test_windows_outlive_a_kill_and_their_database() -> None:
     """R106, R107, C28, C.5: freeze, kill in the middle of another, thaw; then without catalogue."""
-    with daemon() as hive:
+    with daemon(server={"drain_s": 1}) as hive:
         ada = Owner(hive)
         session, name = ada.frozen(60, tags=["kept"], description="häng 😀")
         clone = new_name()

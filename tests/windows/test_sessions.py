@@ -26,7 +26,7 @@ from hive.policy.conversations import Kind
 from hive.policy.windows import NEXT, SessionState
 from hive.settings import Settings
 from hive.storage.catalogue import Catalogue, Session, opened
-from hive.windows.sessions import Sessions, Visit, _Now, view, whole_view
+from hive.windows.sessions import Sessions, Visit, _Use, view
 from tests.patience import awaited, short_directory, until
 from tests.windows.making import window
 
@@ -74,9 +74,7 @@ class Kept:
 
     async def said(self, session: Session) -> list[Any]:
         await self.sessions.recorded(session.id)
-        found = await self.catalogue.session(session.id, None)
-        told: list[Any] = whole_view(found)["messages"]
-        return told
+        return await self.sessions.messages(session)
 
     async def talk(self, session: Session, *parts: bytes, status: int = 200) -> None:
         visit = await self.sessions.enter(session.id, "ada", "m", Kind.CHAT, ASKED)
@@ -111,7 +109,7 @@ async def test_a_new_one_has_a_salt_that_nobody_is_told() -> None:
         assert {len(one.salt) for one in made} == {22}
         assert len({one.salt for one in made}) == len({one.id for one in made}) == 20
         for one in made:
-            assert one.salt not in json.dumps(whole_view(one)) + repr(one)
+            assert one.salt not in json.dumps(view(one)) + repr(one)
         assert view(made[0]) == {
             "id": made[0].id,
             "state": "ACTIVE",
@@ -232,12 +230,23 @@ async def test_a_whole_answer_is_the_end_of_the_conversation() -> None:
         whole = answer("häng an 😀")
         await it.talk(one, *(whole[at : at + 1] for at in range(len(whole))))
         assert await it.said(one) == messages("hi", "häng an 😀")
-        now = await it.catalogue.session(one.id, None)
-        assert now.used_at > one.used_at
-        assert now.conversation is not None
-        assert now.conversation["body"] == {"messages": messages("hi", "häng an 😀")}
+        assert (await it.catalogue.session(one.id, None)).used_at > one.used_at
+        written = await it.catalogue.conversation(one.id, None)
+        assert written is not None
+        assert written["body"] == {"messages": messages("hi", "häng an 😀")}
         await it.talk(one, answer("again"))
         assert await it.said(one) == messages("hi", "again")
+
+
+@awaited
+async def test_answers_are_written_down_in_the_order_in_which_they_came() -> None:
+    """R107: whoever froze it else would have an older conversation, and not know it."""
+    async with kept() as it:
+        one = await it.session()
+        async with it.catalogue._engine.begin():  # a change that takes its time
+            for number in range(20):
+                await it.talk(one, answer(f"answer {number}"))
+        assert await it.said(one) == messages("hi", "answer 19")
 
 
 @pytest.mark.parametrize(
@@ -300,8 +309,7 @@ async def test_what_is_being_written_down_is_there_for_whoever_waits_for_it() ->
             await it.talk(one, answer(f"{at}"))
             with it.sessions.frozen_still(one.id):
                 await it.sessions.recorded(one.id)
-                found = await it.catalogue.session(one.id, None)
-                assert whole_view(found)["messages"] == messages("hi", f"{at}")
+                assert await it.sessions.messages(one) == messages("hi", f"{at}")
 
 
 @awaited
@@ -312,7 +320,7 @@ async def test_what_was_answered_before_the_end_is_written_down() -> None:
             async with it.sessions.running():
                 one = await it.session()
                 await it.talk(one, answer())
-            assert (await catalogue.session(one.id, None)).conversation is not None
+            assert (await catalogue.session(one.id, None)).has_conversation
 
 
 @awaited
@@ -365,7 +373,7 @@ async def lose_the_database(caplog: pytest.LogCaptureFixture) -> str:
 
 async def enter_anyway(it: Kept, session: Session) -> Visit:
     """A visit that began before the database was lost."""
-    it.sessions._now.setdefault(session.id, _Now()).answering += 1
+    it.sessions._uses.setdefault(session.id, _Use()).answering += 1
     return Visit(it.sessions, session, Kind.CHAT, ASKED)
 
 

@@ -149,6 +149,15 @@ def running(
             process.kill()
 
 
+@pytest.fixture
+def _soon(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What stays is told sooner: the kernel has nothing to take back there."""
+    monkeypatch.setattr(janitor, "SETTLE_S", 0.2)
+
+
+soon = pytest.mark.usefixtures("_soon")
+
+
 def lives(process: Process) -> bool:
     now = guard.look_at(process.pid)
     return now is not None and now.start == process.start and now.state != "Z"
@@ -407,6 +416,7 @@ def test_what_nobody_can_look_at_is_kept_until_it_can_be_seen(
     assert host.files() == []
 
 
+@soon
 def test_a_home_that_is_another_directory_now_is_not_removed(host: Host) -> None:
     note = host.note()
     note.home.mkdir()
@@ -474,6 +484,7 @@ def test_what_is_not_on_record_in_the_runtime_directory_is_left_alone(host: Host
     assert host.ledger.leaks == []
 
 
+@soon
 def test_what_stands_in_a_homes_place_is_not_followed(host: Host) -> None:
     (host.top / "outside").mkdir()
     (host.top / "outside" / "file").touch()
@@ -731,6 +742,7 @@ def test_a_process_that_may_not_be_ended_stays_on_record(host: Host) -> None:
     assert host.files() == []
 
 
+@soon
 def test_what_an_end_revealed_is_still_known_when_the_home_is_gone(host: Host) -> None:
     """The record that lay in a home is kept in the journal while something stays."""
     home = host.top / "w" / "3"

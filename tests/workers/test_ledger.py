@@ -48,6 +48,15 @@ def book(home: Path, heard: list[Event]) -> Ledger:
     return Ledger(home / "ledger", heard.append)
 
 
+@pytest.fixture
+def _soon(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What stays is a leak sooner: the kernel has nothing to take back there."""
+    monkeypatch.setattr(ledger, "SETTLE_S", 0.2)
+
+
+soon = pytest.mark.usefixtures("_soon")
+
+
 def place_in(home: Path, book: Ledger, name: str = "1") -> Place:
     return Place(home / "w" / name, home / f"{name}.log", records=book.directory)
 
@@ -247,6 +256,7 @@ async def test_nothing_comes_after_the_end(home: Path, book: Ledger, heard: list
 # ── Leaks ───────────────────────────────────────────────────────────────────────────────────────
 
 
+@soon
 @awaited
 async def test_a_leak_is_told_once_and_again_when_it_is_gone(
     home: Path, book: Ledger, heard: list[Event]
@@ -267,6 +277,7 @@ async def test_a_leak_is_told_once_and_again_when_it_is_gone(
     assert files(book) == []
 
 
+@soon
 @awaited
 async def test_what_a_process_used_is_given_back_when_it_is_gone_at_last(
     home: Path, book: Ledger, heard: list[Event]
@@ -293,6 +304,7 @@ async def test_a_start_whose_tree_lives_is_not_looked_at_again(home: Path, book:
     await book.close()
 
 
+@soon
 @awaited
 async def test_audits_at_the_same_time_tell_the_same_once(
     home: Path, book: Ledger, heard: list[Event]
@@ -324,6 +336,7 @@ async def test_the_kernel_gets_a_moment_before_something_is_a_leak(
     assert heard == []
 
 
+@soon
 @awaited
 async def test_a_home_that_a_later_start_got_is_left_to_it(home: Path, book: Ledger) -> None:
     old, new = place_in(home, book), place_in(home, book)
@@ -363,6 +376,7 @@ async def test_with_a_receipt_vram_is_no_leak(home: Path, book: Ledger, outcome:
     assert await book.audit(entry) == []
 
 
+@soon
 @awaited
 async def test_vram_without_a_receipt_is_not_proved_returned(home: Path, book: Ledger) -> None:
     entry = await book.intend("llama-0", place_in(home, book), devices=GPU)
@@ -371,6 +385,7 @@ async def test_vram_without_a_receipt_is_not_proved_returned(home: Path, book: L
     assert (leak.kind, leak.holder) == ("vram", "cuda:0 (not proved returned)")
 
 
+@soon
 @awaited
 async def test_a_later_receipt_replaces_the_leak(
     home: Path, book: Ledger, heard: list[Event]
@@ -394,6 +409,7 @@ async def test_a_later_receipt_replaces_the_leak(
 # ── At shutdown ─────────────────────────────────────────────────────────────────────────────────
 
 
+@soon
 @awaited
 async def test_what_is_leaked_is_counted_named_and_told_how_to_clear(
     home: Path, book: Ledger

@@ -25,7 +25,6 @@ from hive.workers.pulse import (
     HEALTHY_S,
     LISTENING_S,
     REFUSALS,
-    WATCH_S,
     Pulse,
     Sample,
     cpu_of,
@@ -33,6 +32,7 @@ from hive.workers.pulse import (
 )
 from tests.patience import awaited, short_directory, until, wait_until
 
+OFTEN_S = 0.25
 EXCERPT = Path(__file__).parents[2] / "docs/engines.md"
 
 
@@ -111,6 +111,16 @@ class Watched:
         before = len(self.engine.asked)
         await until(lambda: len(self.engine.asked) >= before + times, "a sample")
         await asyncio.sleep(0)
+
+
+@pytest.fixture
+def _often(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is looked at every second and every five is looked at more often."""
+    monkeypatch.setattr("hive.workers.pulse.WATCH_S", OFTEN_S)
+    monkeypatch.setattr("hive.workers.pulse.LISTENING_S", 2 * OFTEN_S)
+
+
+often = pytest.mark.usefixtures("_often")
 
 
 @asynccontextmanager
@@ -254,6 +264,7 @@ async def test_an_engine_whose_metrics_fail_is_not_condemned_for_an_abort() -> N
         assert it.hung == []
 
 
+@often
 @awaited
 async def test_a_request_that_the_engine_does_not_count_can_hang_as_well() -> None:
     """To tokenize, for example: what stands still must be found out."""
@@ -434,25 +445,27 @@ def test_what_is_left_can_always_explain_what_runs(
 # ── When nothing is asked ───────────────────────────────────────────────────────────────────────
 
 
+@often
 @awaited
 async def test_an_idle_engine_is_not_asked() -> None:
     async with watched() as it:
-        await asyncio.sleep(WATCH_S + 0.2)
+        await asyncio.sleep(2 * OFTEN_S)
         it.begin(1)
         it.pulse.ended(1)
-        await asyncio.sleep(WATCH_S + 0.2)
+        await asyncio.sleep(2 * OFTEN_S)
 
         assert it.engine.asked == []
 
 
+@often
 @awaited
 async def test_while_bytes_come_the_engine_is_not_asked() -> None:
     async with watched() as it:
         it.begin(1)
         began = time.monotonic()
-        while time.monotonic() - began < 2.5 * WATCH_S:
+        while time.monotonic() - began < 4 * OFTEN_S:
             it.pulse.relayed += 1
-            await asyncio.sleep(0.05)
+            await asyncio.sleep(0.01)
         assert it.engine.asked == []
         await until(lambda: it.engine.asked, "a look after the last byte")
 
@@ -488,49 +501,53 @@ async def test_an_abort_may_take_longer_while_the_engine_gets_on() -> None:
         await until(lambda: it.hung, "the verdict, now that nothing moves")
 
 
+@often
 @awaited
 async def test_work_without_progress_is_told_once() -> None:
-    async with watched(longest_s=1.5) as it:
+    async with watched(longest_s=0.6) as it:
         it.begin(1)
         began = time.monotonic()
         await until(lambda: it.hung, "the verdict")
         took_s = time.monotonic() - began
         await it.sampled(2)
 
-        assert took_s >= 1.5 - 0.002
-        assert it.hung == ["it has requests and made no progress for 1.5 s"]
+        assert took_s >= 0.6 - 0.002
+        assert it.hung == ["it has requests and made no progress for 0.6 s"]
 
 
+@often
 @awaited
 async def test_an_engine_that_does_not_answer_its_metrics_makes_no_progress() -> None:
-    async with watched(longest_s=1.5) as it:
+    async with watched(longest_s=0.6) as it:
         it.engine.fails = True
         it.begin(1)
         await until(lambda: it.hung, "the verdict")
 
 
 @pytest.mark.parametrize("sign", ["tokens", "bytes"])
+@often
 @awaited
 async def test_any_sign_of_progress_is_enough(sign: str) -> None:
-    async with watched(longest_s=1.5) as it:
+    async with watched(longest_s=0.8) as it:
         it.begin(1)
         began = time.monotonic()
-        while time.monotonic() - began < 3.5:
+        while time.monotonic() - began < 2:
             if sign == "tokens":
                 it.engine.made += 1
             else:
                 it.pulse.relayed += 1
-            await asyncio.sleep(0.1)
+            await asyncio.sleep(0.02)
 
         assert it.hung == []
 
 
+@often
 @awaited
 async def test_time_without_work_is_no_hanging() -> None:
-    async with watched(longest_s=1.5) as it:
-        await asyncio.sleep(1.6)
+    async with watched(longest_s=0.9) as it:
+        await asyncio.sleep(1)
         it.begin(1)
-        await asyncio.sleep(1.1)
+        await asyncio.sleep(2 * OFTEN_S)
         it.pulse.ended(1)
 
         assert it.hung == []
@@ -574,6 +591,7 @@ async def test_who_refuses_once_and_listens_again_is_not_gone() -> None:
         assert it.hung == []
 
 
+@often
 @awaited
 async def test_an_idle_engine_whose_socket_nobody_serves_is_found_from_time_to_time() -> None:
     async with watched() as it:
@@ -581,14 +599,15 @@ async def test_an_idle_engine_whose_socket_nobody_serves_is_found_from_time_to_t
         began = time.monotonic()
         await until(lambda: it.hung, "the verdict")
 
-        assert time.monotonic() - began >= LISTENING_S - 0.002
+        assert time.monotonic() - began >= 2 * OFTEN_S - 0.002
         assert it.hung == [NOBODY]
         assert it.engine.asked == []
 
 
+@often
 @awaited
 async def test_who_hangs_and_does_not_listen_either_is_told_once() -> None:
-    async with watched(longest_s=1.5) as it:
+    async with watched(longest_s=0.6) as it:
         it.engine.listens = False
         it.begin(1)
         await until(lambda: it.hung, "the verdict")
@@ -796,22 +815,24 @@ def test_a_stopped_process_is_seen() -> None:
         wait_until(lambda: not cpu_of([child.pid])[1], "it to go on")
 
 
+@often
 @awaited
 async def test_without_gauges_an_engine_that_computes_gets_on_and_one_that_stands_hangs() -> None:
     with process(BUSY) as child:
-        async with watched(os.getpid(), has_gauges=False, longest_s=1.5) as it:
+        async with watched(os.getpid(), has_gauges=False, longest_s=0.8) as it:
             it.begin(1)
-            await asyncio.sleep(3)
+            await asyncio.sleep(1.6)
             assert it.hung == []
             child.send_signal(signal.SIGSTOP)
             await until(lambda: it.hung, "the verdict")
 
 
+@often
 @awaited
 async def test_a_stopped_process_makes_no_progress_whatever_the_gauges_say() -> None:
     """(R051)"""
     with process(BUSY) as child:
-        async with watched(os.getpid(), vital=(PYTHON,), longest_s=1.5) as it:
+        async with watched(os.getpid(), vital=(PYTHON,), longest_s=0.6) as it:
             await until(lambda: cpu_of([child.pid])[0], "it to compute")
             child.send_signal(signal.SIGSTOP)
             it.begin(1)
@@ -819,21 +840,22 @@ async def test_a_stopped_process_makes_no_progress_whatever_the_gauges_say() -> 
                 it.engine.made += 1
                 await asyncio.sleep(0.05)
 
-        assert it.hung == ["it has requests and made no progress for 1.5 s"]
+        assert it.hung == ["it has requests and made no progress for 0.6 s"]
 
 
+@often
 @awaited
 async def test_a_process_that_goes_on_after_a_stop_gets_on_while_bytes_flow() -> None:
     """What was seen in a silence is forgotten when it speaks again."""
     with process(BUSY) as child:
-        async with watched(os.getpid(), vital=(PYTHON,), longest_s=3) as it:
-            it.begin(1)
+        async with watched(os.getpid(), vital=(PYTHON,), longest_s=1) as it:
             await until(lambda: cpu_of([child.pid])[0], "it to compute")
+            it.begin(1)
             child.send_signal(signal.SIGSTOP)
             await until(lambda: it.pulse._is_stopped, "a look")
             child.send_signal(signal.SIGCONT)
             began = time.monotonic()
-            while time.monotonic() - began < 5:
+            while time.monotonic() - began < 1.8:
                 it.pulse.relayed += 1
                 await asyncio.sleep(0.02)
 

@@ -1,0 +1,314 @@
+"""A window's KV blocks on their way between engine, LMCache's tier and the window's folder.
+
+What is known of sessions, names and owners is none of it: that is `operations`.
+"""
+
+import asyncio
+import logging
+import shutil
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from msgspec import structs
+
+from hive.errors import (
+    BlockNotFound,
+    HiveError,
+    InsufficientDisk,
+    ModelIncompatible,
+    StorageCorrupted,
+    StorageWriteFailed,
+)
+from hive.policy.windows import Identity, Shape, block_names, chain, usable
+from hive.storage.catalogue import Window
+from hive.windows.engines import Engines, Slot
+from hive.windows.files import Block, Health, Manifest, WindowFiles, made
+from hive.windows.tier import Tier
+from hive.windows.work import Limit, Progress, Teller, in_thread, limit_s, retried
+
+log = logging.getLogger(__name__)
+
+STALL_S = 3.0  # without another block on disk: those that lack are computed again
+FEW = 8  # blocks, which tell too little of how large one is
+LEAST_DISK = 64 * 2**20  # bytes that must be free for blocks to be written at all
+LOOK_S = (0.01, 0.1)  # between two looks for blocks on disk, first and longest
+
+
+@dataclass(frozen=True, slots=True)
+class Mended:
+    """What a repair did: chunks that were had from the tier, and that were computed anew."""
+
+    manifest: Manifest
+    recovered: int
+    recomputed: int
+
+
+class Blocks:
+    """Raises what keeps a block from being read, checked or stored; nothing is retried outside."""
+
+    def __init__(self, files: WindowFiles, tier: Tier, engines: Engines) -> None:
+        self._files, self._tier, self._engines = files, tier, engines
+
+    async def captured(
+        self, window: Window, conversation: dict[str, Any], limit: Limit, told: Progress
+    ) -> Window:
+        """Every full chunk of it computed, linked and on disk; the window with what it has now.
+
+        Raises StorageWriteFailed, InsufficientDisk; its folder may be there all the same.
+        """
+        async with self._engines.slot(window.model, window.session_id) as slot:
+            told("render", 0, 1)
+            tokens = await slot.tokens(conversation, window.model)
+            limit.extend(limit_s(len(tokens)))
+            shape = slot.shape
+            hashes = await in_thread(chain, tokens, shape.chunk_tokens)
+            names = _names(shape, hashes, window.salt)
+            flat = [name for chunk in names for name in chunk]
+            with self._tier.holding(flat):
+                part = await in_thread(self._files.begin, window.id)
+
+                async def attempt(is_again: bool) -> list[list[Block]]:
+                    await self._stored(slot, window, tokens, flat, told, is_again=is_again)
+                    tell = Teller(told, "link", len(names))
+                    blocks = await in_thread(self._files.take, part, names, tell, teller=tell)
+                    await self._must_be_alike(blocks, names)
+                    return blocks
+
+                blocks = await retried("block_write", attempt)
+        manifest = made(window, conversation, tokens, hashes, blocks, slot.identity)
+        await in_thread(self._files.finish, part, manifest)
+        return manifest.window()
+
+    async def _stored(
+        self,
+        slot: Slot,
+        window: Window,
+        tokens: Sequence[int],
+        names: Sequence[str],
+        told: Progress,
+        *,
+        is_again: bool,
+    ) -> None:
+        """Every one of these files is in the tier when this returns.
+
+        Raises StorageWriteFailed where LMCache wrote no more of them for STALL_S.
+        """
+        slot.must_have_cache()
+        missing = await in_thread(self._tier.missing, names)
+        if not missing:
+            told("store", len(names), len(names))
+            return
+        if is_again:
+            await self._engines.forget(missing)
+        await slot.compute(tokens, window.model, window.salt)
+        pause_s, longest_s = LOOK_S
+        patience_until = time.monotonic() + STALL_S
+        while True:
+            told("store", len(names) - len(missing), len(names))
+            slot.must_have_cache()  # else nobody stores them, and the engine waits to be restarted
+            left = await in_thread(self._tier.missing, missing)
+            if not left:
+                return
+            if len(left) < len(missing):
+                patience_until = time.monotonic() + STALL_S
+            elif time.monotonic() > patience_until:
+                await in_thread(self._must_have_disk)
+                raise StorageWriteFailed(
+                    f"{len(left)} of {len(names)} blocks were not stored by the KV cache server."
+                )
+            missing = left
+            await asyncio.sleep(pause_s)
+            pause_s = min(2 * pause_s, longest_s)
+
+    def _must_have_disk(self) -> None:
+        """LMCache tells nobody that it could not write for that reason. Raises InsufficientDisk."""
+        if shutil.disk_usage(self._tier.directory).free < LEAST_DISK:
+            raise InsufficientDisk(
+                "The disk under server.state_dir is full.",
+                action="Free space there, or delete old windows with 'hive window delete'.",
+            )
+
+    async def _must_be_alike(
+        self, blocks: Sequence[Sequence[Block]], names: Sequence[Sequence[str]]
+    ) -> None:
+        """A block shorter than the others was cut off by a crash, and LMCache never mends one."""
+        size = max((block.size for chunk in blocks for block in chunk), default=0)
+        if 0 < len(names) < FEW:  # all of them may have been cut off alike
+            beginning = names[0][0].rpartition("@0x")[0] + "@"
+            size = max(size, await in_thread(self._tier.largest, beginning))
+        short = [
+            name
+            for chunk, named in zip(blocks, names, strict=True)
+            for block, name in zip(chunk, named, strict=True)
+            if block.size != size or not size
+        ]
+        if short:
+            for name in short:
+                (self._tier.directory / name).unlink(missing_ok=True)
+            raise StorageWriteFailed(f"{len(short)} blocks in the KV tier were not whole.")
+
+    async def restored(
+        self, manifest: Manifest, require_full: bool, told: Progress
+    ) -> tuple[dict[str, Any], list[str]]:
+        """Put what is whole where the engine finds it; the receipt, and what to warn of.
+
+        Raises ModelIncompatible, StorageCorrupted (nothing is usable), BlockNotFound
+        (`require_full`).
+        """
+        async with self._engines.slot(manifest.model, manifest.session_id) as slot:
+            _must_fit(manifest, slot.identity)
+            shape = slot.shape
+        hashes = [bytes.fromhex(one) for one in manifest.hashes]
+        names = _names(shape, hashes, manifest.salt)
+        with self._tier.holding(name for chunk in names for name in chunk):
+            health = await self.health(manifest, told)
+            whole = [one.is_whole for one in health]
+            found = usable(whole, shape.chunk_tokens)
+            if not found.usable_tokens and manifest.blocks:
+                raise StorageCorrupted(
+                    f"Context data failed its integrity check: none of the {len(whole)} blocks of "
+                    "the window can be used."
+                )
+            if require_full and found.is_partial:
+                raise BlockNotFound(
+                    f"Some context data is unavailable: {found.blocks_missing} blocks are missing "
+                    "or damaged."
+                )
+
+            def give_back() -> int:
+                linked = 0
+                for at, one in enumerate(health):
+                    if one.is_whole:
+                        linked += self._files.give_back(manifest, at, names[at])
+                    else:
+                        self._files.drop(manifest, one)
+                return linked
+
+            linked = await retried("storage", lambda _: in_thread(give_back))
+            told("prefetch", 0, 1)
+            tokens = manifest.tokens[: found.usable_tokens]
+            in_cache, of_all = await self._engines.prefetch(tokens, shape, manifest.salt)
+        warnings = []
+        if found.is_partial:
+            warnings.append(f"{found.blocks_missing} blocks could not be restored")
+            log.warning("window %s: %s", manifest.name, warnings[0])
+        if in_cache < of_all:
+            warnings.append(f"the KV cache server found {in_cache} of {of_all} files")
+            log.warning("window %s: %s", manifest.name, warnings[-1])
+        receipt = {
+            "blocks_found": found.blocks_found,
+            "blocks_missing": found.blocks_missing,
+            "usable_tokens": found.usable_tokens,
+            "recompute_tokens": len(manifest.tokens) - found.usable_tokens,
+            "partial": found.is_partial,
+            "linked_files": linked,
+            "thawed_at": time.time(),
+        }
+        return receipt, warnings
+
+    async def health(self, manifest: Manifest, told: Progress) -> list[Health]:
+        """Every byte read, and what is corrupt taken out of LMCache's tier. Raises StorageReadFailed."""
+        tell = Teller(told, "check", len(manifest.blocks))
+        health = await retried(
+            "storage", lambda _: in_thread(self._files.health, manifest, tell, teller=tell)
+        )
+        if any(one.corrupt for one in health):
+            # LMCache checks nothing, so an engine may load it at any moment, whoever asks.
+            await in_thread(self._files.expel, manifest, health)
+            self._tier.look_again()
+        return health
+
+    async def mended(self, manifest: Manifest, health: list[Health], told: Progress) -> Mended:
+        """Each damaged chunk again: from the tier where the same bytes are there, else computed.
+
+        Raises ModelIncompatible, or what keeps it from being stored; what was recovered stays.
+        """
+        async with self._engines.slot(manifest.model, manifest.session_id) as slot:
+            _must_fit(manifest, slot.identity)
+            return await self._mended(manifest, health, slot, told)
+
+    async def _mended(
+        self, manifest: Manifest, health: list[Health], slot: Slot, told: Progress
+    ) -> Mended:
+        damaged = [at for at, one in enumerate(health) if not one.is_whole]
+        hashes = [bytes.fromhex(one) for one in manifest.hashes]
+        names = _names(slot.shape, hashes, manifest.salt)
+        flat = [name for at in damaged for name in names[at]]
+        blocks, recovered, again = list(manifest.blocks), 0, []
+        with self._tier.holding(flat):
+
+            def recover() -> None:
+                nonlocal recovered
+                for at in damaged:
+                    self._files.drop(manifest, health[at])
+                    if self._files.take_again(manifest, at, names[at], as_it_was=True):
+                        recovered += 1
+                    else:
+                        again.append(at)
+                        for name in names[at]:  # whatever it is, it is not what was frozen
+                            (self._tier.directory / name).unlink(missing_ok=True)
+
+            await in_thread(recover)
+            if again:
+                lacking = [name for at in again for name in names[at]]
+
+                async def attempt(is_again: bool) -> None:
+                    window = manifest.window()
+                    await self._engines.forget(lacking)
+                    await self._stored(
+                        slot, window, manifest.tokens, lacking, told, is_again=is_again
+                    )
+
+                    def take() -> None:
+                        for at in again:
+                            found = self._files.take_again(manifest, at, names[at], as_it_was=False)
+                            if found is None:
+                                raise StorageWriteFailed(
+                                    "A block was gone as soon as it was there."
+                                )
+                            blocks[at] = found
+
+                    await in_thread(take)
+
+                await retried("block_write", attempt)
+                manifest = structs.replace(manifest, blocks=blocks)
+                await in_thread(self._files.rewrite, manifest)
+        return Mended(manifest, recovered, recomputed=len(again))
+
+    async def in_tier(self, window_id: str) -> int | None:
+        """How many of its files LMCache's tier has, by whichever name; None: that is not known."""
+        return await in_thread(self._in_tier, window_id)
+
+    def _in_tier(self, window_id: str) -> int | None:
+        try:
+            return self._files.shared(self._files.manifest(window_id))
+        except HiveError:
+            return None
+
+    async def removed(self, window_id: str) -> None:
+        """All files of a window; removing them again does nothing. Raises StorageWriteFailed."""
+        await retried("storage", lambda _: in_thread(self._files.remove, window_id))
+        self._tier.look_again()
+
+    def __repr__(self) -> str:
+        return f"<Blocks {self._files!r}>"
+
+
+def _names(shape: Shape, hashes: Sequence[bytes], salt: str) -> list[list[str]]:
+    return [block_names(shape, one, salt) for one in hashes]
+
+
+def _must_fit(manifest: Manifest, now: Identity) -> None:
+    """Raises ModelIncompatible that names what differs."""
+    frozen = Identity(**manifest.identity)
+    if fields := frozen.differs_in(now):
+        raise ModelIncompatible(
+            f"The window was frozen from another model: {', '.join(fields)} "
+            f"{'differs' if len(fields) == 1 else 'differ'}.",
+            fields={
+                name: {"frozen": getattr(frozen, name), "now": getattr(now, name)}
+                for name in fields
+            },
+        )
