@@ -23,6 +23,7 @@ from steps import load
 from steps.driver import Answer, Double, Hive, chat_body
 from steps.load import CHAT, Cut, Line, Reply, expected
 from steps.operator import key_of
+from tests.patience import within
 
 SEED = int(os.environ.get("PERMITS_SEED", "0")) or random.SystemRandom().randrange(1, 10**6)
 MANY = int(os.environ.get("PERMITS_COUNT", "20000"))
@@ -210,7 +211,7 @@ class Ends:
                 self.counts[act.__name__] += 1
                 await asyncio.to_thread(act, worker)
                 with contextlib.suppress(TimeoutError):
-                    await asyncio.wait_for(is_over.wait(), self.chance.uniform(0, 0.4))
+                    await within(is_over.wait(), self.chance.uniform(0, 0.4))
 
         async with asyncio.TaskGroup() as group:
             acting = group.create_task(trouble())

@@ -5,7 +5,7 @@ import functools
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Coroutine, Iterator
+from collections.abc import Awaitable, Callable, Coroutine, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, ParamSpec, TypeVar
@@ -29,6 +29,12 @@ def awaited(test: Callable[P, Coroutine[Any, Any, None]]) -> Callable[P, None]:
         asyncio.run(bounded())
 
     return run
+
+
+async def within(waiting: Awaitable[T], limit_s: float) -> T:
+    """What is waited for, in so many seconds at most. Raises TimeoutError."""
+    async with asyncio.timeout(limit_s):
+        return await waiting
 
 
 async def until(look: Callable[[], T], what: str, limit_s: float = 30.0) -> T:

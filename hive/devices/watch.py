@@ -398,7 +398,8 @@ class Devices:
             watched.look_now.clear()
             await self._look(watched)
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(watched.look_now.wait(), self._poll_s)
+                async with asyncio.timeout(self._poll_s):
+                    await watched.look_now.wait()
 
     async def _read(self, watched: Watched) -> Reading:
         """A fresh reading; a device that cannot be read has failed. Raises CudaDeviceFailed."""

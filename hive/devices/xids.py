@@ -52,7 +52,8 @@ class Ear:
         await asyncio.sleep(self._rest_s)
         for slice_s in slices(self._driver.call_s + EVENT_MS / 1000):
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._is_there.wait(), slice_s)
+                async with asyncio.timeout(slice_s):
+                    await self._is_there.wait()
             self._is_there.clear()
             with self._handing_over:
                 heard, self._heard = self._heard, None

@@ -154,7 +154,8 @@ class Admin:
             await response.write(b": hive events\n\n")
             while True:
                 try:
-                    message = await asyncio.wait_for(queue.get(), KEEPALIVE_S)
+                    async with asyncio.timeout(KEEPALIVE_S):
+                        message = await queue.get()
                 except TimeoutError:
                     message = b": still here\n\n"
                 if message is None:
@@ -258,7 +259,8 @@ class Admin:
                         os.dup2(newer.fileno(), fd, inheritable=False)
                     continue
                 try:
-                    await asyncio.wait_for(self.closing.wait(), FOLLOW_S)
+                    async with asyncio.timeout(FOLLOW_S):
+                        await self.closing.wait()
                 except TimeoutError:
                     continue
         finally:

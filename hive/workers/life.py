@@ -98,7 +98,8 @@ class Life:
     async def over_within(self, seconds: float) -> Exit | None:
         """How the engine ended, if it ends within `seconds`."""
         with contextlib.suppress(TimeoutError):
-            return await asyncio.wait_for(asyncio.shield(self.over), seconds)
+            async with asyncio.timeout(seconds):
+                return await asyncio.shield(self.over)
         return None
 
     def __repr__(self) -> str:

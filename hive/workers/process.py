@@ -222,7 +222,8 @@ class Tree(asyncio.Protocol):
             kill_s=launch.kill_s,
         )
         try:
-            await asyncio.wait_for(asyncio.shield(tree.started), START_S)
+            async with asyncio.timeout(START_S):
+                await asyncio.shield(tree.started)
         except TimeoutError:
             tree._guard.kill()  # its end starts the takeover
             await asyncio.shield(tree.gone)

@@ -188,7 +188,8 @@ class Pulse:
 
     async def _stirred_within(self, seconds: float) -> None:
         with contextlib.suppress(TimeoutError):
-            await asyncio.wait_for(self._stirred.wait(), seconds)
+            async with asyncio.timeout(seconds):
+                await self._stirred.wait()
 
     async def _see_who_listens(self) -> None:
         """Its process may be gone, or its socket, without its guard having said so."""

@@ -423,7 +423,8 @@ class Worker:
         if self._pause_s:
             self._hurry.clear()
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._hurry.wait(), self._pause_s)
+                async with asyncio.timeout(self._pause_s):
+                    await self._hurry.wait()
         self._is_fatal, self._fault = False, None
         devices = self._devices.of(self.plan.devices)
         cache_life = 0
@@ -520,7 +521,8 @@ class Worker:
     async def _draining(self) -> None:
         with contextlib.suppress(TimeoutError):
             if self.plan.drain_s:
-                await asyncio.wait_for(self._idle.wait(), self.plan.drain_s)
+                async with asyncio.timeout(self.plan.drain_s):
+                    await self._idle.wait()
         self._report(News.DRAINED, self.life, "ending the engine")
 
     async def _stopping(self, previous: "asyncio.Task[None] | None") -> None:

@@ -313,6 +313,17 @@ async def test_a_refusal_of_events_is_told_once_and_polling_sees_what_grows(
 
 
 @awaited
+async def test_the_end_is_heeded_at_the_moment_of_a_wish_to_look(gpus: Gpus, story: Story) -> None:
+    """Else hive would never stop: whoever waits for either must not miss one for the other."""
+    watched = story.of()
+    for _ in range(20):
+        async with story.watching():
+            await until(lambda: not watched.look_now.is_set(), "a pause between two readings")
+            await story.read_again()
+            watched.look_now.set()
+
+
+@awaited
 async def test_a_driver_that_hangs_when_asked_for_events_is_read_instead(
     gpus: Gpus, driver: Driver, hold_up: HoldUp, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -19,7 +19,7 @@ from hive.policy.framing import Chunks, chunk
 from hive.policy.retries import RETRIES, RetryPolicy
 from hive.workers.process import Exit
 from tests.gateway.serving import CHAT, Serving, serving
-from tests.patience import awaited, until
+from tests.patience import awaited, until, within
 
 STREAM = b"HTTP/1.1 200 OK\r\nContent-Type: text/event-stream\r\nTransfer-Encoding: chunked\r\n\r\n"
 PLAIN = b"HTTP/1.1 200 OK\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n"
@@ -118,7 +118,7 @@ async def asked(it: Serving, sent: bytes = b"") -> tuple[bytes, bytes]:
     """Head and body of what a client gets until its connection ends."""
     async with client(it) as (reader, writer):
         writer.write(sent or request(fields=b"Connection: close\r\n"))
-        head, _, body = (await asyncio.wait_for(reader.read(-1), 20)).partition(b"\r\n\r\n")
+        head, _, body = (await within(reader.read(-1), 20)).partition(b"\r\n\r\n")
         return head + b"\r\n", body
 
 
@@ -217,7 +217,7 @@ async def test_an_answer_without_a_body_ends_at_its_head(status: int) -> None:
         async with client(it) as (reader, writer):
             for _ in range(3):
                 writer.write(request())
-                head = await asyncio.wait_for(reader.readuntil(b"\r\n\r\n"), 5)
+                head = await within(reader.readuntil(b"\r\n\r\n"), 5)
                 assert head.startswith(b"HTTP/1.1 %d" % status)
         assert engine.connections == 1
         assert it.door.in_flight == 0
@@ -228,7 +228,7 @@ async def test_pipelined_requests_are_answered_one_after_the_other() -> None:
     async with answering([PLAIN % 2, b"ok"]) as (it, engine), client(it) as (reader, writer):
         writer.write(request() * 5)
         for _ in range(5):
-            await asyncio.wait_for(reader.readuntil(b"\r\n\r\nok"), 5)
+            await within(reader.readuntil(b"\r\n\r\nok"), 5)
         assert len(engine.asked) == 5
 
 
@@ -301,7 +301,7 @@ async def test_a_connection_closed_as_it_was_used_again_is_replaced_at_once() ->
         await reader.readuntil(b"ok")
         assert len(it.life.wires.idle) == 1
         writer.write(request())
-        assert b"200 OK" in await asyncio.wait_for(reader.readuntil(b"ok"), 5)
+        assert b"200 OK" in await within(reader.readuntil(b"ok"), 5)
         assert (engine.connections, len(engine.asked)) == (2, 3)
         assert it.door.breakers["m-0"].count == 0
 
@@ -421,7 +421,7 @@ async def test_a_client_that_reads_nothing_is_cut_off_and_nothing_more_is_writte
         await full(it, writer)
         await until(lambda: not passages(it), "its end")
         with contextlib.suppress(ConnectionError):
-            got = await asyncio.wait_for(reader.read(-1), 10)
+            got = await within(reader.read(-1), 10)
             assert b"499" not in got
             assert len(got) < len(body)
         assert it.pulse.aborted_weight == 1
@@ -455,7 +455,7 @@ async def test_an_engines_end_does_not_touch_an_answer_that_is_whole() -> None:
         await full(it, writer)
         await it.life.close()
         await reader.readuntil(b"\r\n\r\n")
-        assert len(await asyncio.wait_for(reader.readexactly(size), 20)) == size
+        assert len(await within(reader.readexactly(size), 20)) == size
 
 
 # ── what an attempt says of its worker ──────────────────────────────────────────────────────────

@@ -21,7 +21,7 @@ from hive.events import RequestAborted, RequestEnded, RequestRetried
 from hive.gateway.bodies import EARLY_BYTES, MIB
 from tests.gateway.serving import Serving, serving
 from tests.gateway.test_answer import answering, client, dies
-from tests.patience import awaited, until
+from tests.patience import awaited, until, within
 
 SEED = 20261121
 uvloop.new_event_loop().close()  # libuv keeps a pipe of its own from the first one on
@@ -242,7 +242,7 @@ async def test_a_body_that_was_sent_in_part_is_not_sent_again() -> None:
     async with answering([None]) as (it, engine), client(it) as (reader, writer):
         writer.write(beginning(length=2 * EARLY_BYTES + 10**6))
         writer.write(bytes(10**6))
-        head = await asyncio.wait_for(reader.readuntil(b"\r\n\r\n"), 20)
+        head = await within(reader.readuntil(b"\r\n\r\n"), 20)
 
         assert b" 502 " in head
         assert len(engine.asked) <= 1

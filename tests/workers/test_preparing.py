@@ -7,7 +7,7 @@ import time
 import pytest
 
 from hive.workers.preparing import in_its_own_thread, unless
-from tests.patience import awaited
+from tests.patience import awaited, within
 
 
 @awaited
@@ -66,7 +66,7 @@ def test_the_end_does_not_wait_for_a_thread_that_hangs() -> None:
 
     async def gives_up() -> None:
         with pytest.raises(TimeoutError):
-            await asyncio.wait_for(in_its_own_thread(release.wait), 0.01)
+            await within(in_its_own_thread(release.wait), 0.01)
 
     began = time.monotonic()
     asyncio.run(gives_up())

@@ -12,7 +12,7 @@ import uvloop
 
 from hive.policy.framing import Chunks, Head, Length, Malformed, UntilClosed
 from hive.workers.wire import Wire, Wires
-from tests.patience import awaited, short_directory, until
+from tests.patience import awaited, short_directory, until, within
 
 GET = b"GET / HTTP/1.1\r\nHost: engine\r\n\r\n"
 uvloop.new_event_loop().close()  # libuv keeps a pipe of its own from the first one on
@@ -104,7 +104,7 @@ async def asks(wires: Wires, *, is_head: bool = False) -> Heard:
     heard = Heard()
     heard.wire = wires.take() or await wires.connect(5)
     heard.wire.ask(GET, b"", heard, is_head=is_head)
-    await asyncio.wait_for(heard.ended.wait(), 5)
+    await within(heard.ended.wait(), 5)
     return heard
 
 
@@ -247,7 +247,7 @@ async def test_a_paused_one_takes_nothing_until_it_goes_on() -> None:
         assert len(heard.body) < len(piece)
         heard.wire.resume()
         heard.wire.resume()
-        await asyncio.wait_for(heard.ended.wait(), 5)
+        await within(heard.ended.wait(), 5)
         assert heard.body == piece
 
 
@@ -267,7 +267,7 @@ async def test_an_engine_that_has_not_read_the_request_keeps_no_connection() -> 
         heard = Heard()
         heard.wire = await wires.connect(5)
         heard.wire.ask(GET, b"x" * 20_000_000, heard, is_head=False)
-        await asyncio.wait_for(heard.ended.wait(), 5)
+        await within(heard.ended.wait(), 5)
         assert not wires.idle
         left.set()
         server.close()
