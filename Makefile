@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 DEMO := .demo
 
-.PHONY: demo test check docs engine model bench bench-gateway bench-tools soak test-gpu clean
+.PHONY: demo test check docs engine model bench bench-gateway bench-tools test-tools soak test-gpu clean
 
 $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "hive needs Python 3.11 or newer; set PYTHON=")'
@@ -53,6 +53,11 @@ bench-tools:
 	apt-get install --yes --no-install-recommends nginx-light haproxy
 	$(PYTHON) -m venv .bench
 	.bench/bin/python -m pip install --quiet sglang-router==0.3.2 vllm-router==0.1.17
+
+# What tests start beside hive, from Debian's packages; needs root. Without it they are skipped, and
+# say so. The package's own server is not needed: each test process makes one and ends it.
+test-tools:
+	apt-get install --yes --no-install-recommends postgresql
 
 # Many times over what `make test` does once, on doubles and on the real vLLM: half an hour, an hour
 # at most. Each test prints its seed, and says in its file how to repeat it or let it run longer.

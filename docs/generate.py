@@ -28,7 +28,9 @@ from hive.gateway.app import Gateway
 from hive.gateway.auth import needed_scope
 from hive.settings import FIXED, Settings
 from hive.storage.catalogue import Catalogue
+from hive.storage.sqlite import SQLite
 from hive.telemetry.metrics import Metrics
+from hive.windows.backups import Backups
 from hive.windows.blocks import Blocks
 from hive.windows.engines import Engines
 from hive.windows.files import WindowFiles
@@ -412,12 +414,13 @@ def application() -> web.Application:
     devices = Devices(Driver(), {}, announcer)
     ledger = Ledger(Path("ledger"), announcer.announce)
     fleet = Fleet(settings, devices, ledger, announcer)
-    catalogue = Catalogue(create_async_engine("sqlite+aiosqlite://"))
+    catalogue = Catalogue(SQLite(create_async_engine("sqlite+aiosqlite://")))
     tier, files = Tier(Path("kv"), 0), WindowFiles(Path("windows"), Path("kv"))
     sessions, engines = Sessions(settings, catalogue, announcer), Engines(settings, fleet)
     blocks = Blocks(files, tier, engines)
     windows = Windows(settings, catalogue, files, blocks, sessions, announcer)
-    kept = Keeping(sessions, windows, engines)
+    backups = Backups(settings, windows, files, blocks)
+    kept = Keeping(sessions, windows, backups, engines)
     text = lambda: (b"", "")  # noqa: E731
     return Gateway(settings, fleet, devices, ledger, announcer, text, lambda: None, kept).app
 

@@ -524,14 +524,14 @@ class StorageTimeout(TimeoutFailure):
 class StorageWriteFailed(HiveError):
     code, number, status = "STORAGE_WRITE_FAILED", "CWM-4001", 500
     family, retryable = Family.STORAGE, True
-    summary = "Context data could not be written."
+    summary = "Failed to save context data"
     action = "Check free space and rights under server.state_dir, then try again."
 
 
 class StorageReadFailed(HiveError):
     code, number, status = "STORAGE_READ_FAILED", "CWM-4002", 500
     family, retryable = Family.STORAGE, True
-    summary = "Context data could not be read."
+    summary = "Failed to load context data"
     action = "Try again; 'hive window diagnose --check-integrity' finds damaged windows."
 
 

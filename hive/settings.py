@@ -7,6 +7,7 @@ key, what was given, what would be right and the nearest known key (R020, R049, 
 
 import difflib
 import errno
+import importlib.util
 import os
 import re
 import stat
@@ -15,6 +16,7 @@ from collections.abc import Iterator, Mapping
 from ipaddress import ip_address
 from pathlib import Path
 from typing import Annotated, Any, BinaryIO, Literal, Self
+from urllib.parse import urlsplit
 
 from pydantic import (
     AfterValidator,
@@ -22,6 +24,7 @@ from pydantic import (
     BeforeValidator,
     ConfigDict,
     Field,
+    SecretStr,
     ValidationError,
     field_validator,
     model_validator,
@@ -41,6 +44,7 @@ DEFAULT_FILES = (Path("hive.toml"), Path("/etc/hive/hive.toml"))
 SOCKET_PATH_BYTES = 107  # sun_path less the closing NUL
 PATH_BYTES, NAME_BYTES = 4095, 255  # the kernel's limits of a path, and of each part of it
 NAME = re.compile(r"[A-Za-z0-9](?:[A-Za-z0-9._-]{0,62}[A-Za-z0-9])?\Z")
+_CATALOGUES = ("postgresql", "postgres", "postgresql+asyncpg")
 _GPU_DEVICE = re.compile(r"(cuda:(0|[1-9][0-9]{0,2})|GPU-[0-9a-fA-F-]{8,36})\Z")
 
 Seconds = Annotated[float, Field(gt=0, le=86_400, allow_inf_nan=False)]
@@ -91,6 +95,41 @@ def _host(value: str) -> str:
     except UnicodeError as exc:
         raise PydanticCustomError("host", "this is neither an address nor a host's name") from exc
     return value
+
+
+def _catalogue_url(value: SecretStr) -> SecretStr:
+    """PostgreSQL's, or empty. No message repeats a part that may be its password."""
+    text = _text(value.get_secret_value())
+    if not text:
+        return value
+    scheme, has_scheme, _ = text.partition("://")
+    try:
+        parts = urlsplit(text)
+        port_fits = parts.port is None or parts.port > 0
+    except ValueError:
+        port_fits = False
+    if not has_scheme:
+        what = "this is no URL"
+    elif scheme not in _CATALOGUES:
+        kind = scheme if re.fullmatch(r"[a-z0-9+.-]{1,32}", scheme) else "this"
+        what = f"{kind} is not supported; leave it empty for SQLite"
+    elif not port_fits:
+        what = "its port is no number from 1 to 65535 (in a password write @ as %40, : as %3A, / as %2F)"
+    elif len(parts.path) < 2:  # noqa: PLR2004 (a slash and a name)
+        what = "it names no database"
+    elif importlib.util.find_spec("asyncpg") is None:
+        raise PydanticCustomError(
+            "catalogue_driver",
+            "PostgreSQL needs the driver asyncpg, which is not installed: pip install 'hive[postgres]'",
+        )
+    else:
+        return value
+    raise PydanticCustomError(
+        "catalogue_url",
+        "{what}; PostgreSQL's is postgresql://user:password@host/database, or "
+        "postgresql:///database?host=/run/postgresql for a unix socket",
+        {"what": what},
+    )
 
 
 def _as_devices(value: object) -> object:
@@ -318,6 +357,12 @@ class Windows(Section):
         description="Program to run as the LMCache server, with arguments; LMCache's own are "
         "added. Default: the one in the engine's environment.",
     )
+    catalogue_url: Annotated[SecretStr, AfterValidator(_catalogue_url)] = Field(
+        SecretStr(""),
+        description="Database of sessions and windows, one for each hive: "
+        "`postgresql://user:password@host/database` (needs `hive[postgres]`). Secret. Default: SQLite, "
+        "`STATE/catalogue.db`.",
+    )
     session_idle_s: float = Field(
         86_400,
         gt=0,
@@ -334,6 +379,21 @@ class Windows(Section):
     max_gib: float = Field(
         0, ge=0, le=1_000_000, description="Disk of one API key's windows, GiB; 0 = no limit."
     )
+    backup_dir: FilePath | None = Field(
+        None,
+        description="Backups of windows; made 0700, and for hive's user alone. May be on another "
+        "file system. Default: backups in server.state_dir.",
+    )
+    max_backups: int = Field(
+        100, ge=0, le=10_000_000, description="Backups of one API key; 0 = no limit."
+    )
+
+    @field_validator("backup_dir")
+    @classmethod
+    def _absolute(cls, value: Path | None) -> Path | None:
+        if value is not None and not value.is_absolute():
+            raise PydanticCustomError("relative", "a path is absolute, it begins with '/'")
+        return value
 
 
 class TimeoutOverrides(Section):
@@ -520,6 +580,21 @@ class Settings(BaseSettings):
                 f"server.state_dir and server.runtime_dir are the same directory ({runtime}): what "
                 "hive keeps and what it clears away need one each"
             )
+        if self.windows.backup_dir is not None:
+            yield from self._check_backups(os.path.realpath(self.windows.backup_dir))
+
+    def _check_backups(self, backups: str) -> Iterator[str]:
+        """What belongs to nobody is removed from hive's own directories, or taken for its own."""
+        state, runtime = self.server.state_dir, self.server.runtime_dir
+        own = [runtime, *(state / name for name in ("kv", "windows", "m", "ledger", "logs"))]
+        for directory in map(os.path.realpath, own):
+            if backups == directory or backups.startswith(f"{directory}{os.sep}"):
+                yield (
+                    f"windows.backup_dir is {backups}, which hive itself uses and clears: backups "
+                    "need a directory of their own"
+                )
+        if backups == os.path.realpath(state):
+            yield "windows.backup_dir and server.state_dir are the same: backups need one of their own"
 
     def _check_socket_path(self) -> Iterator[str]:
         # A worker's own socket is w/N/s; vLLM makes others named by a UUID in w/N/t.
@@ -533,6 +608,11 @@ class Settings(BaseSettings):
                 f"socket would have {size}, a unix socket path has at most {SOCKET_PATH_BYTES}; "
                 "choose a shorter directory"
             )
+
+    @property
+    def backup_dir(self) -> Path:
+        """Where backups of windows are."""
+        return self.windows.backup_dir or self.server.state_dir / "backups"
 
     def timeouts_of(self, model: Model) -> Timeouts:
         """[timeouts] with the model's own values put in (not validated again).
@@ -754,6 +834,7 @@ def _problem(detail: ErrorDetails) -> str:
     shown = (
         isinstance(given, str | int | float | bool)
         and "env" not in location
+        and "catalogue_url" not in location
         and "sha256" not in location
     )
     got = f" (got {_short(given)})" if shown else ""

@@ -41,7 +41,11 @@ pytest_plugins = [
     "steps.admission",
     "steps.hanging",
     "steps.memory",
+    "steps.backup",
+    "steps.mcp",
+    "steps.chaos",
     "steps.operator",
+    "steps.postgres",
     "steps.watching",
 ]
 

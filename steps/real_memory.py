@@ -4,6 +4,7 @@ import hashlib
 import os
 import random
 import signal
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -13,18 +14,21 @@ from typing import Any
 import pytest
 from pytest_bdd import given, parsers, then, when
 
+from hive.workers.environment import managed_python
 from steps.driver import Answer, Hive
 from steps.memory import HEADER, WINDOWS, as_key
 from steps.operator import key_of
 from steps.real import START_S, really_serving
 from steps.story import CHAT
 from steps.waiting import must
+from tests.doubles import faulty_lmcache
 
 CHUNK = 32
 ARGS = ["--enforce-eager", "--max-model-len=16384", f"--block-size={CHUNK}"]
 SAY = [{"role": "user", "content": "the quick brown fox jumps over the lazy dog " * 40}]
 GO_ON = {"role": "user", "content": "and then"}
 DEADLINE_S = 60.0
+LMCACHE = "lmcache.cli.main"
 SEED = int(os.environ.get("KILLS_SEED", "0")) or random.SystemRandom().randrange(1, 10**6)
 
 
@@ -36,7 +40,8 @@ def cached_hive() -> Iterator[Hive]:
         {"name": n, "sha256": hashlib.sha256(key_of(n).encode()).hexdigest(), "scopes": s}
         for n, s in scopes.items()
     ]
-    small = {"kv_chunk_tokens": CHUNK, "kv_tier_gib": 1, "kv_ram_gib": 0.5}
+    server = [sys.executable, faulty_lmcache.__file__, str(managed_python()), "-m", LMCACHE]
+    small = {"kv_chunk_tokens": CHUNK, "kv_tier_gib": 1, "kv_ram_gib": 0.5, "kv_server": server}
     with really_serving(ARGS, keys=keys, key=key_of("operator"), windows=small) as hive:
         yield hive
 
@@ -46,6 +51,7 @@ class Remembered:
     """What a scenario knows from one step to the next."""
 
     hive: Hive
+    name: str = ""  # of the window
     session: str = ""
     expected: list[int] = field(default_factory=list)  # the tokens that would follow
     thawed: dict[str, Any] = field(default_factory=dict)
@@ -120,7 +126,8 @@ def _conversation(told: Remembered, who: str) -> None:
 
 @given("she has frozen it")
 def _frozen(told: Remembered) -> None:
-    answer = _freeze(told.hive, "ann", told.session, "hers")
+    told.name = f"hers-{time.monotonic_ns()}"
+    answer = _freeze(told.hive, "ann", told.session, told.name)
     assert answer.status == 201, answer.body
     assert answer.json["blocks"] == answer.json["tokens"] // CHUNK > 20
 
@@ -169,7 +176,7 @@ def _whole_or_none(told: Remembered) -> None:
 
 @when("she thaws hers and goes on")
 def _thaws(told: Remembered) -> None:
-    told.thawed, told.answer = _thawed(told.hive, "hers")
+    told.thawed, told.answer = _thawed(told.hive, told.name)
 
 
 def _thawed(hive: Hive, name: str) -> tuple[dict[str, Any], Answer]:
@@ -188,7 +195,7 @@ def _same(told: Remembered) -> None:
     receipt = told.thawed["receipt"]
     assert receipt["partial"] is False
     assert _cached(told.answer) == receipt["usable_tokens"] > 600
-    path = f"{WINDOWS}/hers"
+    path = f"{WINDOWS}/{told.name}"
 
     def is_proved() -> bool:
         found = told.hive.ask("GET", path, headers=as_key("ann")).json["receipt"]
@@ -210,10 +217,10 @@ def _isolated(told: Remembered, who: str) -> None:
     hive, headers = told.hive, as_key(who)
     assert hive.ask("GET", WINDOWS, headers=headers).json["windows"] == []
     for method, path, body in (
-        ("GET", f"{WINDOWS}/hers", None),
-        ("POST", f"{WINDOWS}/hers/thaw", {}),
-        ("POST", f"{WINDOWS}/hers/clone", {"name": "mine"}),
-        ("DELETE", f"{WINDOWS}/hers", None),
+        ("GET", f"{WINDOWS}/{told.name}", None),
+        ("POST", f"{WINDOWS}/{told.name}/thaw", {}),
+        ("POST", f"{WINDOWS}/{told.name}/clone", {"name": "mine"}),
+        ("DELETE", f"{WINDOWS}/{told.name}", None),
         ("GET", f"/hive/v1/sessions/{told.session}", None),
     ):
         assert hive.ask(method, path, body, headers).status == 404, (method, path)
@@ -269,3 +276,32 @@ def _later(told: Remembered) -> None:
     thawed, answer = _thawed(told.hive, "later")
     assert _cached(answer) == thawed["receipt"]["usable_tokens"]
     assert thawed["receipt"]["usable_tokens"] == frozen.json["blocks"] * CHUNK
+
+
+@when("LMCache comes back with loads that fail, now and then")
+def _faulty(told: Remembered) -> None:
+    hive = told.hive
+    told.starts = hive.worker("lmcache")["starts"], hive.worker()["starts"]
+    (hive.state / faulty_lmcache.FILE).write_text("0.3")
+    for process in hive.tree("lmcache")[1:]:
+        os.kill(process.pid, signal.SIGKILL)
+    _back(told)
+
+
+@then("the tokens are the same, and the engine's count tells what the cache did not give")
+def _fewer(told: Remembered) -> None:
+    assert told.answer is not None
+    assert told.answer.status == 200, told.answer.body
+    assert _tokens(told.answer) == told.expected
+    receipt = told.thawed["receipt"]
+    assert receipt["partial"] is False  # every block is there, and was seen to be whole
+    cached = _cached(told.answer)
+    assert cached < receipt["usable_tokens"]
+
+    def is_told() -> bool:
+        found = told.hive.ask("GET", f"{WINDOWS}/{told.name}", headers=as_key("ann")).json[
+            "receipt"
+        ]
+        return bool(found.get("cached_tokens") == cached)
+
+    must(is_told, 5, "the window's own receipt says so, too")

@@ -1,7 +1,9 @@
 """Every rule of the configuration: what is taken, what is refused, and what a refusal says."""
 
 import hashlib
+import importlib
 import os
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -98,6 +100,7 @@ def test_the_defaults_are_those_of_the_contract(loaded: Load) -> None:
     assert (kept.session_idle_s, kept.max_sessions) == (86_400, 10_000)
     assert (kept.max_windows, kept.max_gib) == (1000, 0)
     assert kept.kv_server == ()
+    assert kept.catalogue_url.get_secret_value() == ""
     assert (small.max_concurrent, small.queue_depth) == (64, 32)
     assert (small.kv_cache_gib, small.required_vram_gib, small.windows) == (0, 0, False)
     assert (small.args, small.env, small.replicas, small.alternatives) == ((), {}, (), ())
@@ -185,6 +188,10 @@ def test_every_scalar_of_a_fixed_section_can_come_from_the_environment(
         for name in type(default).model_fields
         if not isinstance(value := getattr(default, name), tuple)
     }
+    if "catalogue_url" in values:  # empty means another thing in the environment
+        values["catalogue_url"] = "postgresql:///hive"
+    if "backup_dir" in values:
+        values["backup_dir"] = "/srv/backups"
     for name, value in values.items():
         monkeypatch.setenv(f"HIVE_{section.upper()}__{name.upper()}", value)
     text = f"[{section}]\n" + "".join(f"{name} = -1\n" for name in values) + MODEL
@@ -342,6 +349,68 @@ def test_secrets_are_not_shown(problems: Problems) -> None:
 
     assert len(found) == 3
     assert not [problem for problem in found if "s3cr3t" in problem]
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "postgresql://hive:s3cr3t@db.example:5433/hive",
+        "postgres://hive:s3%40cr3t@[::1]/hive?sslmode=require",
+        "postgresql+asyncpg://hive@db/hive?password=s3cr3t",
+        "postgresql:///hive?host=/run/postgresql&password=s3cr3t",
+    ],
+)
+def test_a_databases_url_is_taken_as_it_is_and_shown_to_nobody(loaded: Load, url: str) -> None:
+    """R076"""
+    settings = loaded(f'[windows]\ncatalogue_url = "{url}"\n' + MODEL)
+
+    assert settings.windows.catalogue_url.get_secret_value() == url
+    assert "s3" not in f"{settings!r}{settings}{settings.model_dump()}{settings.model_dump_json()}"
+
+
+@pytest.mark.parametrize(
+    ("url", "finding"),
+    [
+        ("s3cr3t", "this is no URL; PostgreSQL's is postgresql://"),
+        ("mysql://u:s3cr3t@db/hive", "mysql is not supported; leave it empty for SQLite"),
+        ("postgresql+psycopg://u:s3cr3t@db/hive", "postgresql+psycopg is not supported"),
+        ("u:s3cr3t://db/hive", "this is not supported"),
+        ("sqlite:////x/s3cr3t.db", "sqlite is not supported; leave it empty for SQLite"),
+        ("postgresql://u:s3cr3t@db", "it names no database"),
+        ("postgresql://u:s3cr3t@db/", "it names no database"),
+        ("postgresql://u:a@db:s3cr3t/hive", "its port is no number from 1 to 65535"),
+        ("postgresql://u:p/s3cr3t@db/hive", "its port is no number"),
+        ("postgresql://u:s3cr3t@db:0/hive", "its port is no number"),
+        ("postgresql://[u:s3cr3t@db/hive", "its port is no number"),
+        ("postgresql://u:s3cr3t@db/hi\\u0000ve", "a NUL character cannot be part of it"),
+    ],
+)
+def test_what_is_no_database_of_the_catalogue_is_refused_without_showing_it(
+    problems: Problems, monkeypatch: pytest.MonkeyPatch, url: str, finding: str
+) -> None:
+    """R076: whether it comes from the file or from the environment."""
+    (found,) = problems(f'[windows]\ncatalogue_url = "{url}"\n' + MODEL)
+    assert found.startswith(f"windows.catalogue_url: {finding}")
+    assert "s3cr3t" not in found
+    if "\\" not in url:
+        monkeypatch.setenv("HIVE_WINDOWS__CATALOGUE_URL", url)
+        (found,) = problems(MODEL)
+        assert found.startswith(f"HIVE_WINDOWS__CATALOGUE_URL: windows.catalogue_url: {finding}")
+        assert "s3cr3t" not in found
+
+
+def test_a_database_without_its_driver_is_refused(
+    problems: Problems, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As in an environment that the extra was not installed in."""
+    here = [path for path in sys.path if "site-packages" not in path]
+    monkeypatch.setattr(sys, "path", here)
+    for name in [name for name in sys.modules if name.partition(".")[0] == "asyncpg"]:
+        monkeypatch.delitem(sys.modules, name)
+    importlib.invalidate_caches()
+    (found,) = problems('[windows]\ncatalogue_url = "postgresql:///x"\n' + MODEL)
+
+    assert "asyncpg, which is not installed: pip install 'hive[postgres]'" in found
 
 
 @pytest.mark.parametrize(
@@ -784,6 +853,41 @@ def test_one_directory_cannot_be_both(problems: Problems, tmp_path: Path) -> Non
     (problem,) = problems(server + MODEL)
 
     assert problem.startswith("server.state_dir and server.runtime_dir are the same directory")
+
+
+@pytest.mark.parametrize(
+    ("place", "wrong"),
+    [
+        ("backups", "windows.backup_dir: a path is absolute"),
+        ("~/backups", "windows.backup_dir: a path is absolute"),
+        ("{top}/s", "windows.backup_dir and server.state_dir are the same"),
+        ("{top}/s/kv", "windows.backup_dir is {top}/s/kv, which hive itself uses"),
+        ("{top}/s/windows/b", "windows.backup_dir is {top}/s/windows/b, which hive itself uses"),
+        ("{top}/r/backups", "windows.backup_dir is {top}/r/backups, which hive itself uses"),
+        ("{top}/link/backups", "windows.backup_dir is {top}/r/backups, which hive itself uses"),
+    ],
+)
+def test_backups_are_where_nothing_is_cleared(
+    problems: Problems, tmp_path: Path, place: str, wrong: str
+) -> None:
+    """R049, R107: a directory that hive tidies would lose them."""
+    (tmp_path / "link").symlink_to(tmp_path / "r")
+    server = f'[server]\nstate_dir = "{tmp_path}/s"\nruntime_dir = "{tmp_path}/r"\n'
+    windows = f'[windows]\nbackup_dir = "{place.format(top=tmp_path)}"\n'
+    (problem,) = problems(server + windows + MODEL)
+
+    assert problem.startswith(wrong.format(top=tmp_path))
+
+
+def test_backups_are_below_the_state_unless_it_is_said_where(tmp_path: Path) -> None:
+    server = {"state_dir": tmp_path / "s", "runtime_dir": tmp_path / "r"}
+    given: dict[str, Any] = {
+        "server": server,
+        "models": {"m": {"engine": "command", "device": "cpu", "command": ["x{socket}"]}},
+    }
+    assert Settings.model_validate(given).backup_dir == tmp_path / "s" / "backups"
+    given["windows"] = {"backup_dir": tmp_path / "elsewhere"}
+    assert Settings.model_validate(given).backup_dir == tmp_path / "elsewhere"
 
 
 def test_a_pipe_is_no_configuration_and_is_not_waited_for(tmp_path: Path) -> None:

@@ -144,7 +144,9 @@ async def streams(
         connection.transport.write(request)
         await asyncio.sleep(pause_s)  # not all in step
     limit_s = WAIT_S + (events / rate if rate else 60)
-    await asyncio.wait_for(asyncio.gather(*(one.ended.wait() for one in made)), limit_s)
+    async with asyncio.timeout(limit_s):
+        for one in made:
+            await one.ended.wait()
     for connection in connections:
         connection.transport.abort()
     total = sum(one.events for one in made)
@@ -166,7 +168,8 @@ async def first_event_s(address: Address, model: str, *, times: int) -> list[flo
         current = Stream()
         began = time.perf_counter()
         connection.transport.write(request)
-        await asyncio.wait_for(current.ended.wait(), WAIT_S)
+        async with asyncio.timeout(WAIT_S):
+            await current.ended.wait()
         took.append(current.first_at - began)
         await asyncio.sleep(0.002)  # the last chunk behind [DONE]
     connection.transport.abort()
@@ -187,7 +190,9 @@ class Held:
             connection = await connected(address, one.hear)
             connection.transport.write(request)
             self._connections.append(connection)
-        await asyncio.wait_for(asyncio.gather(*(one.began.wait() for one in made)), 60)
+        async with asyncio.timeout(60):
+            for one in made:
+                await one.began.wait()
 
     def close(self) -> None:
         for connection in self._connections:
@@ -214,7 +219,8 @@ async def left_at(
     connection = await connected(address, current.hear)
     connection.transport.write(request_of(CHAT, body_of(model, **fields)))
     if fields.get("stream") and fields["max_tokens"]:
-        await asyncio.wait_for(current.began.wait(), WAIT_S)
+        async with asyncio.timeout(WAIT_S):
+            await current.began.wait()
     await _runs(engine, running + 1)
     if reset:
         made: socket.socket = connection.transport.get_extra_info("socket")

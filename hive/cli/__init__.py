@@ -34,6 +34,7 @@ COMMANDS = {
         "window",
         "Freeze, thaw, list, show, clone, delete, diagnose and repair windows.",
     ),
+    "backup": ("hive.cli.backup", "backup", "Create, list, restore and delete backups of windows."),
     "devices": (
         "hive.cli.devices",
         "devices",
@@ -42,6 +43,7 @@ COMMANDS = {
     "leaks": ("hive.cli.leaks", "leaks", "Show what workers did not give back."),
     "sweep": ("hive.cli.leaks", "sweep", "Clear what a hive that was killed left behind."),
     "key": ("hive.cli.key", "key", "Make, list and revoke API keys."),
+    "mcp": ("hive.cli.mcp", "mcp", "Serve hive's tools to agents, over stdio or HTTP."),
     "explain": ("hive.cli.explain", "explain", "Say what an error code means and what to do."),
     "engine": ("hive.cli.engine", "engine", "Install the managed engine environment."),
     "model": ("hive.cli.model", "model", "Make the tiny random-weight model."),

@@ -5,8 +5,9 @@ from typing import Any
 
 import click
 
-from hive.cli.client import daemon_options, opened, place
+from hive.cli.client import daemon_options
 from hive.cli.output import json_option, print_json, print_table, say
+from hive.client.http import asked, place
 
 
 @click.command()
@@ -56,12 +57,7 @@ def test_connection(
 
 def _ask(path: str, daemon: dict[str, Any]) -> Any:
     """Once: whether there is a daemon is a part of the question."""
-
-    async def ask() -> Any:
-        async with opened("GET", path, **daemon) as answer:
-            return await answer.json()
-
-    return asyncio.run(ask())
+    return asyncio.run(asked("GET", path, **daemon))
 
 
 def _what(component: dict[str, Any]) -> str:

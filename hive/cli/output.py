@@ -12,6 +12,8 @@ import click
 from hive.errors import HiveError
 from hive.policy.visible import visible
 
+UNITS = ("KiB", "MiB", "GiB", "TiB")
+
 json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON for programs.")
 
 
@@ -72,6 +74,16 @@ def progress(what: str) -> Iterator[Callable[[str, int, int], None]]:
 def clock(seconds: float) -> str:
     """A moment since 1970 as this host's clocks tell it."""
     return time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(seconds))
+
+
+def size_of(count: int) -> str:
+    """Bytes for people."""
+    size, unit = float(count), "B"
+    for larger in UNITS:
+        if size < 1024:  # noqa: PLR2004
+            break
+        size, unit = size / 1024, larger
+    return f"{size:.4g} {unit}"
 
 
 def show_error(error: HiveError, *, as_json: bool) -> None:

@@ -4,8 +4,9 @@ from typing import Any
 
 import click
 
-from hive.cli.client import call, daemon_options, place
+from hive.cli.client import call, daemon_options
 from hive.cli.output import clock, json_option, print_json, print_table, say
+from hive.client.http import place
 from hive.errors import InvalidSessionId
 from hive.policy.windows import SessionState
 

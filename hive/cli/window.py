@@ -6,8 +6,17 @@ from typing import Any
 
 import click
 
-from hive.cli.client import call, daemon_options, patient_options, place, watch
-from hive.cli.output import clock, json_option, print_json, print_table, progress, say
+from hive.cli.client import call, daemon_options, patient_options, watch
+from hive.cli.output import (
+    clock,
+    json_option,
+    print_json,
+    print_table,
+    progress,
+    say,
+    size_of,
+)
+from hive.client.http import place
 from hive.errors import (
     DaemonUnreachable,
     HiveError,
@@ -18,7 +27,6 @@ from hive.errors import (
 
 PAGE = 1000
 NAMED = 3  # of the damaged blocks in a line for people
-UNITS = ("KiB", "MiB", "GiB", "TiB")
 ANY = click.IntRange(0)
 
 owner_option = click.option("--owner", help="With an admin's key: the key whose it is.")
@@ -74,7 +82,7 @@ def freeze(
     if as_json:
         print_json(found)
     else:
-        size = _size(found["bytes"])
+        size = size_of(found["bytes"])
         say(
             f"{found['name']}: frozen, {found['tokens']} tokens, {_blocks(found['blocks'])}, {size}"
         )
@@ -148,7 +156,7 @@ def list_(as_json: bool, **options: Any) -> None:
             w["session_id"],
             w["tokens"],
             w["blocks"],
-            _size(w["bytes"]),
+            size_of(w["bytes"]),
             clock(w["created_at"]),
             ", ".join(w["tags"]),
         )
@@ -184,7 +192,7 @@ def status(name: str, owner: str | None, as_json: bool, **daemon: Any) -> None:
         ("frozen", clock(found["created_at"])),
         ("tokens", found["tokens"]),
         ("blocks", found["blocks"]),
-        ("size", _size(found["bytes"])),
+        ("size", size_of(found["bytes"])),
         ("files in the KV tier", "not known" if in_tier is None else in_tier),
         ("cloned from", ", ".join(found["lineage"]["ancestors"])),
         ("clones", ", ".join(found["lineage"]["clones"])),
@@ -227,7 +235,7 @@ def delete(name: str, force: bool, owner: str | None, as_json: bool, **daemon: A
                 "There is no terminal to ask on: --force deletes without asking."
             )
         found = call("GET", path, **daemon)
-        what = f"window {name} ({found['tokens']} tokens, {_size(found['bytes'])})"
+        what = f"window {name} ({found['tokens']} tokens, {size_of(found['bytes'])})"
         say(f"Delete {what}? What is in it is lost. [y/N] ", err=True, end="")
         if sys.stdin.readline().strip().lower() not in ("y", "yes"):
             say("hive: nothing was deleted", err=True)
@@ -416,13 +424,3 @@ def _first(names: Sequence[str]) -> str:
 
 def _blocks(count: int) -> str:
     return f"{count} block{'' if count == 1 else 's'}"
-
-
-def _size(count: int) -> str:
-    """Bytes for people."""
-    size, unit = float(count), "B"
-    for larger in UNITS:
-        if size < 1024:  # noqa: PLR2004
-            break
-        size, unit = size / 1024, larger
-    return f"{size:.4g} {unit}"

@@ -21,6 +21,7 @@ from hive.gateway import problems
 from hive.gateway.admin import Admin, MetricsText
 from hive.gateway.answer import ClientLeft
 from hive.gateway.auth import Doorkeeper
+from hive.gateway.backups import BackupsApi
 from hive.gateway.health import Health
 from hive.gateway.inference import Inference
 from hive.gateway.line import sent
@@ -64,7 +65,9 @@ class Gateway:
         self.app.add_routes([*self._admin.routes(), *self._inference.routes()])
         self.app.add_routes(Health(fleet, devices, ledger, keeping).routes())
         if keeping is not None:
-            self.app.add_routes(WindowsApi(keeping.sessions, keeping.windows).routes())
+            windows = WindowsApi(keeping.sessions, keeping.windows)
+            backups = BackupsApi(windows, keeping.windows, keeping.backups)
+            self.app.add_routes([*windows.routes(), *backups.routes()])
 
     def entrance(self, routed: Entrance) -> Entrance:
         """What every request meets first: inference goes past aiohttp's routing, the rest there."""

@@ -2,6 +2,7 @@
 
 import hashlib
 import hmac
+import math
 import re
 import time
 from dataclasses import dataclass
@@ -51,7 +52,7 @@ def taken(caller: Caller) -> Quota:
     quota = caller.quota
     if refusal := quota.take(time.monotonic()):
         raise RateLimited(
-            f"This key has reached its limit, {refusal.limit}.",
+            f"Rate limit exceeded, try again in {max(1, math.ceil(refusal.wait_s))}s",
             reason=refusal.limit,
             retry_after_s=refusal.wait_s,
             current_requests=quota.in_flight,

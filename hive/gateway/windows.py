@@ -67,7 +67,7 @@ class CloneWanted(msgspec.Struct, forbid_unknown_fields=True):
     name: str
 
 
-B = TypeVar("B", NewSession, NewWindow, ThawWanted, CloneWanted)
+B = TypeVar("B", bound=msgspec.Struct)
 
 
 class WindowsApi:
@@ -97,40 +97,40 @@ class WindowsApi:
 
     async def new_session(self, request: web.Request) -> web.Response:
         """Begin a conversation with a model: 201, the session."""
-        wanted = await _body(request, NewSession)
-        session = await self._sessions.create(_caller(request).name or "", wanted.model)
+        wanted = await body_of(request, NewSession)
+        session = await self._sessions.create(caller_of(request).name or "", wanted.model)
         return web.json_response(of_sessions.view(session), status=201)
 
     async def sessions(self, request: web.Request) -> web.Response:
         """The caller's, the last used first (?state=)."""
         state = _choice(request, "state", tuple(SessionState))
         found = await self._sessions.listed(
-            _owner(request),
+            owner_of(request),
             state=SessionState(state) if state else None,
-            most=_number(request, "limit", PAGE, MOST_PAGE, 1),
+            most=number_of(request, "limit", PAGE, MOST_PAGE, 1),
         )
         return web.json_response({"sessions": [of_sessions.view(one) for one in found]})
 
     async def session(self, request: web.Request) -> web.Response:
         """One of them, with its messages."""
-        session = await self._sessions.find(request.match_info["id"], _owner(request))
+        session = await self._sessions.find(request.match_info["id"], owner_of(request))
         messages = await self._sessions.messages(session)
         return web.json_response({**of_sessions.view(session), "messages": messages})
 
     async def delete_session(self, request: web.Request) -> web.Response:
         """Nobody goes on with it; its windows stay."""
-        await self._sessions.delete(request.match_info["id"], _owner(request))
+        await self._sessions.delete(request.match_info["id"], owner_of(request))
         return web.Response(status=204)
 
     # ── windows ─────────────────────────────────────────────────────────────────────────────────
 
     async def freeze(self, request: web.Request) -> web.StreamResponse:
         """Freeze a session into a window: 201, the window."""
-        wanted = await _body(request, NewWindow)
+        wanted = await body_of(request, NewWindow)
 
         async def work(told: Progress) -> dict[str, Any]:
             window = await self._windows.freeze(
-                _owner(request),
+                owner_of(request),
                 wanted.session_id,
                 wanted.name,
                 keep_active=wanted.keep_active,
@@ -140,18 +140,18 @@ class WindowsApi:
             )
             return view(window)
 
-        return await self._answer(request, work, status=201)
+        return await self.answer(request, work, status=201)
 
     async def windows(self, request: web.Request) -> web.Response:
         """The caller's, in pages (?model=, session_id=, tag=, state=, sort=, order=, limit=, offset=)."""
         query = request.query
         state = _choice(request, "state", tuple(WindowState))
         begin, most = (
-            _number(request, "offset", 0, 10**9),
-            _number(request, "limit", PAGE, MOST_PAGE, 1),
+            number_of(request, "offset", 0, 10**9),
+            number_of(request, "limit", PAGE, MOST_PAGE, 1),
         )
         found = await self._windows.windows(
-            _owner(request),
+            owner_of(request),
             model=query.get("model"),
             session_id=query.get("session_id"),
             tag=query.get("tag"),
@@ -177,7 +177,7 @@ class WindowsApi:
 
     async def thaw(self, request: web.Request) -> web.StreamResponse:
         """Go on where it was frozen: the session, the messages, and what is usable of the cache."""
-        wanted = await _body(request, ThawWanted)
+        wanted = await body_of(request, ThawWanted)
         owner, name = await self._named(request)
 
         async def work(told: Progress) -> dict[str, Any]:
@@ -196,17 +196,17 @@ class WindowsApi:
                 "warnings": thawed.warnings,
             }
 
-        return await self._answer(request, work)
+        return await self.answer(request, work)
 
     async def clone(self, request: web.Request) -> web.StreamResponse:
         """A second window of the same blocks: 201."""
-        wanted = await _body(request, CloneWanted)
+        wanted = await body_of(request, CloneWanted)
         owner, name = await self._named(request)
 
         async def work(_: Progress) -> dict[str, Any]:
             return view(await self._windows.clone(owner, name, wanted.name))
 
-        return await self._answer(request, work, status=201)
+        return await self.answer(request, work, status=201)
 
     async def verify(self, request: web.Request) -> web.StreamResponse:
         """Read every byte of it, and compare."""
@@ -215,7 +215,7 @@ class WindowsApi:
         async def work(told: Progress) -> dict[str, Any]:
             return _report(await self._windows.verify(owner, name, told))
 
-        return await self._answer(request, work)
+        return await self.answer(request, work)
 
     async def repair(self, request: web.Request) -> web.StreamResponse:
         """Find or compute again what is damaged of it."""
@@ -224,20 +224,20 @@ class WindowsApi:
         async def work(told: Progress) -> dict[str, Any]:
             return _report(await self._windows.repair(owner, name, told))
 
-        return await self._answer(request, work)
+        return await self.answer(request, work)
 
     # ── inside ──────────────────────────────────────────────────────────────────────────────────
 
     async def _named(self, request: web.Request) -> tuple[str | None, str]:
         """Whose window of that name is meant, and the name: an admin's own goes first."""
-        owner, name = _owner(request), request.match_info["name"]
+        owner, name = owner_of(request), request.match_info["name"]
         if owner is None:
-            own = _caller(request).name or ""
+            own = caller_of(request).name or ""
             if await self._windows.has_own(own, name):
                 return own, name
         return owner, name
 
-    async def _answer(
+    async def answer(
         self,
         request: web.Request,
         work: Callable[[Progress], Awaitable[dict[str, Any]]],
@@ -246,7 +246,7 @@ class WindowsApi:
         """The result as JSON; for who accepts event streams with what is done on the way."""
         passage: Passage = request["passage"]
         interrupt = Interrupt()
-        quota = taken(_caller(request))
+        quota = taken(caller_of(request))
         try:
             with self._one_more(), passage.ended_by(interrupt):
                 async with interrupt:
@@ -346,16 +346,16 @@ def _report(report: Report) -> dict[str, Any]:
     }
 
 
-def _caller(request: web.Request) -> Caller:
+def caller_of(request: web.Request) -> Caller:
     caller: Caller = request["caller"]
     if not (caller.may("inference") or caller.may("admin")):
         raise Forbidden("This key does not have the inference scope.", required_scope="inference")
     return caller
 
 
-def _owner(request: web.Request) -> str | None:
+def owner_of(request: web.Request) -> str | None:
     """Whose things are meant; None: everybody's."""
-    caller = _caller(request)
+    caller = caller_of(request)
     told = request.query.get("owner")
     if caller.may("admin"):
         return told
@@ -364,7 +364,7 @@ def _owner(request: web.Request) -> str | None:
     return caller.name or ""
 
 
-async def _body(request: web.Request, kind: type[B]) -> B:
+async def body_of(request: web.Request, kind: type[B]) -> B:
     """Raises SchemaInvalid, InvalidParameter that names the field, ValidationFailed."""
     text = bytearray()
     try:
@@ -408,7 +408,7 @@ def _choice(request: web.Request, name: str, allowed: tuple[str, ...]) -> str | 
     return told
 
 
-def _number(request: web.Request, name: str, default: int, most: int, least: int = 0) -> int:
+def number_of(request: web.Request, name: str, default: int, most: int, least: int = 0) -> int:
     told = request.query.get(name)
     if told is None:
         return default

@@ -30,12 +30,21 @@ def _doubling(first: float, count: int, cap: float = 3600.0) -> tuple[float, ...
     return tuple(min(cap, first * 2**n) for n in range(count))
 
 
+ONCE = RetryPolicy(1, (0.0,))  # no row: nothing is tried again
+
 RETRIES = {
     # To a worker's engine: transport errors before the first byte of an answer (R001-R003).
     "network": RetryPolicy(5, _doubling(1.0, 5), jitter_s=1.0),
     # Files of windows (R089, R090, R101): a block that a freeze needs, and everything else.
     "block_write": RetryPolicy(8, _doubling(1.0, 7, cap=10.0)),
     "storage": RetryPolicy(3, _doubling(1.0, 2, cap=10.0)),
+    # The catalogue's database, where somebody else holds a lock (R161); up to a quarter more (C4).
+    "db_lock": RetryPolicy(4, (0.1, 0.1, 0.1), jitter_s=0.025),
     # The command line to the daemon, which may be starting just now (EC1, EH-002a).
     "connect": RetryPolicy(3, (0.2, 0.4)),
+    # Clients of the HTTP API (R173, R176): what only reads, everything else, what the engine or an
+    # operation had no time for (R095, R096).
+    "control.read": RetryPolicy(6, _doubling(0.5, 5)),
+    "control.default": RetryPolicy(4, _doubling(1.0, 3, cap=30.0)),
+    "engine_timeout": RetryPolicy(2, (1.0,)),
 }

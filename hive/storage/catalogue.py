@@ -1,73 +1,51 @@
-"""The catalogue of sessions and windows, in SQLite by default; every change is one transaction.
+"""The catalogue of sessions and windows, in SQLite or PostgreSQL; every change is one transaction.
 
 A call returns when its change is on disk. Whoever is killed in between leaves what was before or
 what is after, never a mixture (R106, R107); what a window's *files* are is not known here.
 """
 
 import asyncio
-import contextlib
 import functools
 import inspect
-import logging
-import os
-import sqlite3
 import time
-from collections.abc import AsyncIterator, Callable, Collection, Coroutine, Iterator, Mapping
-from contextlib import asynccontextmanager, contextmanager
+from collections.abc import AsyncIterator, Callable, Collection, Coroutine, Mapping
+from contextlib import asynccontextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any, Literal, ParamSpec, TypeVar
+from typing import Any, Literal
 
-from alembic import command
-from alembic.config import Config
-from alembic.util import CommandError
 from sqlalchemy import (
-    Connection,
     RowMapping,
     Select,
     and_,
     delete,
-    event,
+    false,
     func,
     insert,
     or_,
     select,
     update,
 )
-from sqlalchemy.exc import DatabaseError, IntegrityError, OperationalError
-from sqlalchemy.exc import TimeoutError as PoolTimeout
-from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_engine
+from sqlalchemy.exc import DBAPIError, IntegrityError
+from sqlalchemy.ext.asyncio import AsyncConnection
 
 from hive.errors import (
-    ConfigInvalid,
+    InvalidParameter,
     InvalidStateTransition,
     SessionNotFound,
     StorageQuotaExceeded,
-    StoreUnreachable,
     WindowAlreadyExists,
     WindowNotFound,
 )
 from hive.policy.windows import NEXT, SessionState, WindowState
+from hive.storage import postgres, sqlite
 from hive.storage.finishing import to_the_end
+from hive.storage.postgres import PostgreSQL
+from hive.storage.sqlite import SQLite
 from hive.storage.tables import sessions, windows
+from hive.storage.trying import reached, tried
 
-log = logging.getLogger(__name__)
-P = ParamSpec("P")
-T = TypeVar("T")
-
-FILE = "catalogue.db"
-CONNECTIONS = 4  # each has a thread; readers do not wait for the one that writes
-BUSY_S = 5.0  # for another connection's change to be over
 MOST_PAGE = 1000
-_COMPANIONS = ("-wal", "-shm")
-_PRAGMAS = (
-    "journal_mode=WAL",  # readers do not wait for a writer
-    "synchronous=FULL",  # what was said to be frozen is so after a power cut, too
-    "foreign_keys=ON",
-    f"busy_timeout={int(BUSY_S * 1000)}",
-)
-# Of SQLite's own words: the file is broken, and not only busy or out of reach.
-_BROKEN = ("malformed", "not a database", "disk image", "corrupt")
 
 _SESSION = {column.name: column for column in sessions.c if column.name != "conversation"}
 _HAS_CONVERSATION = sessions.c.conversation.is_not(None).label("has_conversation")
@@ -115,41 +93,42 @@ class Window:
     parent_id: str | None = None  # that it was cloned from
 
 
-def _all_to_the_end(cls: type["Catalogue"]) -> type["Catalogue"]:
-    """A call that was begun is finished, though who made it is cancelled meanwhile.
+def _all_whole(cls: type["Catalogue"]) -> type["Catalogue"]:
+    """A call that was begun is finished, though who made it is cancelled meanwhile; one that found
+    the database locked is made again (R161).
 
     A connection that is let go in the middle keeps its transaction, and everybody else waiting.
     """
     for name, call in list(vars(cls).items()):
         if inspect.iscoroutinefunction(call) and not name.startswith("_"):
-            setattr(cls, name, _finished(call))
+            setattr(cls, name, _whole(call))
     return cls
 
 
-def _finished(call: Callable[P, Coroutine[Any, Any, T]]) -> Callable[P, Coroutine[Any, Any, T]]:
+def _whole(call: Callable[..., Coroutine[Any, Any, Any]]) -> Callable[..., Any]:
     @functools.wraps(call)
-    async def whole(*args: P.args, **kwargs: P.kwargs) -> T:
-        return await to_the_end(call(*args, **kwargs))
+    async def whole(*args: Any, **kwargs: Any) -> Any:
+        return await to_the_end(tried(functools.partial(call, *args, **kwargs)))
 
     return whole
 
 
-@_all_to_the_end
+@_all_whole
 class Catalogue:
     """Made by `opened`. Every call raises StoreUnreachable where the database does not answer.
 
     `owner` None means everybody's; another key's sessions and windows are not found.
     """
 
-    def __init__(
-        self, engine: AsyncEngine, set_aside: Path | None = None, *, is_new: bool = False
-    ) -> None:
-        """`set_aside` is the broken database that this one replaces; `is_new`: there was none, or a
-        broken one."""
-        self.set_aside, self.is_new = set_aside, is_new
-        self._engine = engine
-        self._writing = asyncio.Lock()  # in turn: SQLite's own waiters have no order
-        self._reading = engine.execution_options(isolation_level="AUTOCOMMIT")
+    def __init__(self, store: SQLite | PostgreSQL) -> None:
+        """Its `set_aside` is the broken database that this one replaces; `is_new`: there was none,
+        or a broken one."""
+        self.set_aside, self.is_new = store.set_aside, store.is_new
+        self._store, self._engine = store, store.connections
+        self._writing = asyncio.Lock()  # in turn: a database's own waiters have no order
+        self._reading = store.connections.execution_options(isolation_level="AUTOCOMMIT")
+        # Changes that failed and may happen yet, and up to which of them that is over.
+        self._doubts = self._settled = 0
 
     # ── sessions ────────────────────────────────────────────────────────────────────────────────
 
@@ -259,6 +238,7 @@ class Catalogue:
         Raises WindowAlreadyExists; StorageQuotaExceeded where its owner has `most` already, 0 is
         no limit.
         """
+        self._must_keep(window)
         values = {**asdict(window), "state": WindowState.FREEZING, "tags": list(window.tags)}
         try:
             async with self._changing() as connection:
@@ -299,6 +279,7 @@ class Catalogue:
 
     async def add_window(self, window: Window) -> None:
         """One that is whole already: a clone, or one that was found. Raises WindowAlreadyExists."""
+        self._must_keep(window)
         values = {**asdict(window), "state": WindowState.FROZEN, "tags": list(window.tags)}
         try:
             async with self._changing() as connection:
@@ -318,7 +299,9 @@ class Catalogue:
     ) -> list[Window]:
         """All of that name, one of an owner at most, in no order."""
         # An order would have SQLite read the index of that order, and whole.
-        wanted = _fitting(select(windows), owner=owner, name=name, state=state).limit(MOST_PAGE)
+        wanted = self._fitting(select(windows), owner=owner, name=name, state=state).limit(
+            MOST_PAGE
+        )
         async with self._looking() as connection:
             return [_window(row) for row in (await connection.execute(wanted)).mappings()]
 
@@ -337,13 +320,13 @@ class Catalogue:
     ) -> list[Window]:
         """A page of those that fit, in the order of `sort`."""
         column = windows.c[sort]
-        order = column.desc() if is_descending else column.asc()
-        wanted = _fitting(
+        key = self._store.in_order(column) if sort == "name" else column
+        order = key.desc() if is_descending else key.asc()
+        wanted = self._fitting(
             select(windows), owner=owner, model=model, session_id=session_id, state=state
         )
         if tag is not None:
-            each = func.json_each(windows.c.tags).table_valued("value")
-            wanted = wanted.where(select(each.c.value).where(each.c.value == tag).exists())
+            wanted = wanted.where(self._store.has_tag(tag) if self._store.keeps(tag) else false())
         wanted = wanted.order_by(order, windows.c.id).offset(begin).limit(most)
         async with self._looking() as connection:
             return [_window(row) for row in (await connection.execute(wanted)).mappings()]
@@ -371,7 +354,9 @@ class Catalogue:
                 ancestors.append(row.name)
                 parent = row.parent_id
             of_it = select(windows.c.name).where(windows.c.parent_id == window.id)
-            rows = await connection.execute(of_it.order_by(windows.c.name).limit(MOST_PAGE))
+            rows = await connection.execute(
+                of_it.order_by(self._store.in_order(windows.c.name)).limit(MOST_PAGE)
+            )
             return ancestors, [row.name for row in rows]
 
     async def usage(self, owner: str | None) -> tuple[int, int]:
@@ -426,123 +411,56 @@ class Catalogue:
 
     @asynccontextmanager
     async def _changing(self) -> AsyncIterator[AsyncConnection]:
-        with _reached():
-            async with self._writing, self._engine.begin() as connection:
-                yield connection
+        with reached(self._store.is_locked):
+            async with self._store.answering(), self._writing:
+                try:
+                    async with self._engine.begin() as connection:
+                        await self._store.began(connection)
+                        yield connection
+                except (DBAPIError, OSError, asyncio.CancelledError) as exc:
+                    is_told = isinstance(exc, DBAPIError) and self._store.is_told(exc)
+                    self._doubts += not is_told
+                    raise
 
     @asynccontextmanager
     async def _looking(self) -> AsyncIterator[AsyncConnection]:
-        with _reached():
-            async with self._reading.connect() as connection:
+        if self._settled != (doubts := self._doubts):
+            await self._store.settled()
+            self._settled = doubts
+        with reached(self._store.is_locked):
+            async with self._store.answering(), self._reading.connect() as connection:
                 yield connection
+
+    def _must_keep(self, window: Window) -> None:
+        """Raises InvalidParameter."""
+        for name, texts in (("description", [window.description]), ("tags", window.tags)):
+            if not all(map(self._store.keeps, texts)):
+                raise InvalidParameter(
+                    f"Invalid parameter: {name}. A NUL character cannot be part of it.", param=name
+                )
+
+    def _fitting(self, wanted: Select[Any], **asked: str | None) -> Select[Any]:
+        for column, value in asked.items():
+            if value is not None:
+                fits = windows.c[column] == value if self._store.keeps(value) else false()
+                wanted = wanted.where(fits)
+        return wanted
 
     def __repr__(self) -> str:
         return f"<Catalogue {self._engine.url!r}>"
 
 
 @asynccontextmanager
-async def opened(directory: Path) -> AsyncIterator[Catalogue]:
-    """The catalogue in `directory` (0700), made where there is none, and brought up to date.
+async def opened(directory: Path, url: str = "") -> AsyncIterator[Catalogue]:
+    """The catalogue of the hive whose state is in `directory` (0700), made where there is none.
 
-    A broken one is set aside, and a new one is empty: windows are found again by their manifests.
-    Raises ConfigInvalid for one that a newer hive has written, StoreUnreachable.
+    Without `url` a file there; a broken one is set aside, and a new one is empty: windows are found
+    again by their manifests. Raises ConfigInvalid for one that a newer or another hive has
+    written, StoreUnreachable.
     """
-    file = directory / FILE
-    set_aside = None
-    if broken := await asyncio.to_thread(_what_is_broken, file):
-        set_aside = await asyncio.to_thread(_set_aside, file)
-        log.error("the catalogue is broken (%s) and was set aside as %s", broken, set_aside.name)
-    is_new = not file.exists()
-    os.close(os.open(file, os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600))
-    engine = create_async_engine(
-        f"sqlite+aiosqlite:///{file}",
-        pool_size=CONNECTIONS,
-        max_overflow=0,
-        hide_parameters=True,  # what was said, and salts, are in no error's text
-    )
-    event.listen(engine.sync_engine, "connect", _connected)
-    event.listen(engine.sync_engine, "begin", _begun)
-    try:
-        with _reached():
-            async with engine.begin() as connection:
-                await connection.run_sync(_upgraded)
-            async with contextlib.AsyncExitStack() as all_of_them:
-                for _ in range(CONNECTIONS):  # hive's descriptors are the same from here on
-                    await all_of_them.enter_async_context(engine.connect())
-        yield Catalogue(engine, set_aside, is_new=is_new)
-    finally:
-        await engine.dispose()
-
-
-def _connected(connection: Any, _record: object) -> None:
-    connection.isolation_level = None  # SQLAlchemy says itself when a transaction begins
-    cursor = connection.cursor()
-    for pragma in _PRAGMAS:
-        cursor.execute(f"PRAGMA {pragma}")
-    cursor.close()
-
-
-def _begun(connection: Connection) -> None:
-    if connection.get_execution_options().get("isolation_level") == "AUTOCOMMIT":
-        return  # a reader waits for nobody, and nobody for it
-    # A reader that turns into a writer could find that another one was first, and would fail.
-    connection.exec_driver_sql("BEGIN IMMEDIATE")
-
-
-def _upgraded(connection: Connection) -> None:
-    config = Config()
-    config.set_main_option("script_location", "hive.storage:migrations")
-    config.attributes["connection"] = connection
-    try:
-        command.upgrade(config, "head")
-    except CommandError as exc:
-        raise ConfigInvalid(
-            "The catalogue was written by a newer hive.",
-            action="Run that hive, or set another server.state_dir.",
-        ) from exc
-
-
-def _what_is_broken(file: Path) -> str:
-    """What SQLite finds wrong with the file; empty: nothing, or there is none."""
-    if not file.exists():
-        return ""
-    try:
-        with contextlib.closing(sqlite3.connect(file, timeout=BUSY_S)) as connection:
-            (said,) = connection.execute("PRAGMA quick_check(1)").fetchone()
-    except sqlite3.OperationalError as exc:
-        if not _is_broken(exc):
-            raise StoreUnreachable(f"The catalogue cannot be opened: {exc}.") from exc
-        return str(exc)
-    except sqlite3.DatabaseError as exc:
-        return str(exc)
-    return "" if said == "ok" else str(said)
-
-
-def _is_broken(exc: Exception) -> bool:
-    return any(word in str(exc) for word in _BROKEN)
-
-
-def _set_aside(file: Path) -> Path:
-    stamp = time.strftime("%Y%m%dT%H%M%SZ", time.gmtime())
-    number = 0
-    while (aside := file.with_name(f"{file.name}.damaged-{stamp}-{number}")).exists():
-        number += 1
-    file.rename(aside)
-    for companion in _COMPANIONS:
-        with contextlib.suppress(FileNotFoundError):
-            file.with_name(file.name + companion).rename(aside.with_name(aside.name + companion))
-    return aside
-
-
-@contextmanager
-def _reached() -> Iterator[None]:
-    """Errors of the database that are not about what was asked."""
-    try:
-        yield
-    except IntegrityError:
-        raise
-    except (OperationalError, DatabaseError, PoolTimeout, OSError) as exc:
-        raise StoreUnreachable from exc
+    place = postgres.opened(directory, url) if url else sqlite.opened(directory)
+    async with place as store:
+        yield Catalogue(store)
 
 
 async def _move(
@@ -561,13 +479,6 @@ async def _move(
     )
     if (await connection.execute(changed)).rowcount != 1:
         raise InvalidStateTransition(f"The session is not {old} any more.")
-
-
-def _fitting(wanted: Select[Any], **asked: str | None) -> Select[Any]:
-    for column, value in asked.items():
-        if value is not None:
-            wanted = wanted.where(windows.c[column] == value)
-    return wanted
 
 
 def _one_session(wanted: Select[Any], session_id: str, owner: str | None) -> Select[Any]:

@@ -1,9 +1,13 @@
 """The catalogue's tables. What changes here needs a migration; a test compares the two."""
 
+from alembic import command
+from alembic.config import Config
+from alembic.util import CommandError
 from sqlalchemy import (
     JSON,
     BigInteger,
     Column,
+    Connection,
     Float,
     ForeignKey,
     Index,
@@ -13,6 +17,10 @@ from sqlalchemy import (
     Table,
     UniqueConstraint,
 )
+
+from hive.errors import ConfigInvalid
+
+CONNECTIONS = 4  # readers do not wait for the one that writes; of SQLite each has a thread
 
 # Names of constraints are part of the schema: migrations refer to them.
 metadata = MetaData(
@@ -24,6 +32,8 @@ metadata = MetaData(
     }
 )
 
+# JSON and not PostgreSQL's JSONB: what was said is kept as it was said, a NUL and half a surrogate
+# pair too.
 # An owner is the name of an API key; empty where hive has no keys. Times are seconds since 1970.
 windows = Table(
     "windows",
@@ -70,3 +80,17 @@ sessions = Table(
     Index(None, "state", "used_at"),
     Index(None, "window_id"),  # which a window's end looks for
 )
+
+
+def upgraded(connection: Connection) -> None:
+    """Bring the tables up to date, or make them. Raises ConfigInvalid where a newer hive did."""
+    config = Config()
+    config.set_main_option("script_location", "hive.storage:migrations")
+    config.attributes["connection"] = connection
+    try:
+        command.upgrade(config, "head")
+    except CommandError as exc:
+        raise ConfigInvalid(
+            "The catalogue was written by a newer hive.",
+            action="Run that hive, or set another server.state_dir or windows.catalogue_url.",
+        ) from exc

@@ -260,7 +260,7 @@ class Metrics:
         self.windows = Gauge("hive_windows", "Context windows, by state.", ["state"], registry=r)
         self.window_s = Histogram(
             "hive_window_operation_seconds",
-            "What was done with a window: freeze, thaw, verify, repair, clone, delete; seconds.",
+            "What was done with a window: freeze, thaw, verify, repair, clone, delete, backup, restore; seconds.",
             ["operation"],
             buckets=_SECONDS,
             registry=r,

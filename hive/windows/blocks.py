@@ -16,15 +16,15 @@ from msgspec import structs
 from hive.errors import (
     BlockNotFound,
     HiveError,
-    InsufficientDisk,
     ModelIncompatible,
     StorageCorrupted,
+    StorageReadFailed,
     StorageWriteFailed,
 )
 from hive.policy.windows import Identity, Shape, block_names, chain, usable
 from hive.storage.catalogue import Window
 from hive.windows.engines import Engines, Slot
-from hive.windows.files import Block, Health, Manifest, WindowFiles, made
+from hive.windows.files import Block, Health, Manifest, WindowFiles, full, made
 from hive.windows.tier import Tier
 from hive.windows.work import Limit, Progress, Teller, in_thread, limit_s, retried
 
@@ -34,6 +34,8 @@ STALL_S = 3.0  # without another block on disk: those that lack are computed aga
 FEW = 8  # blocks, which tell too little of how large one is
 LEAST_DISK = 64 * 2**20  # bytes that must be free for blocks to be written at all
 LOOK_S = (0.01, 0.1)  # between two looks for blocks on disk, first and longest
+LOOK_AT_MOST_S = 5.0  # what is only told beside something else may take
+NAMED = 5  # blocks that an error names
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,18 +69,21 @@ class Blocks:
             names = _names(shape, hashes, window.salt)
             flat = [name for chunk in names for name in chunk]
             with self._tier.holding(flat):
-                part = await in_thread(self._files.begin, window.id)
+                part = await retried("storage", lambda _: in_thread(self._files.begin, window.id))
+                taken: dict[int, list[Block]] = {}
 
                 async def attempt(is_again: bool) -> list[list[Block]]:
                     await self._stored(slot, window, tokens, flat, told, is_again=is_again)
                     tell = Teller(told, "link", len(names))
-                    blocks = await in_thread(self._files.take, part, names, tell, teller=tell)
-                    await self._must_be_alike(blocks, names)
+                    blocks = await in_thread(
+                        self._files.take, part, names, tell, taken, teller=tell
+                    )
+                    await in_thread(self._must_be_alike, taken, names)
                     return blocks
 
                 blocks = await retried("block_write", attempt)
         manifest = made(window, conversation, tokens, hashes, blocks, slot.identity)
-        await in_thread(self._files.finish, part, manifest)
+        await retried("block_write", lambda _: in_thread(self._files.finish, part, manifest))
         return manifest.window()
 
     async def _stored(
@@ -114,7 +119,7 @@ class Blocks:
             if len(left) < len(missing):
                 patience_until = time.monotonic() + STALL_S
             elif time.monotonic() > patience_until:
-                await in_thread(self._must_have_disk)
+                await in_thread(self._must_have_disk, left)
                 raise StorageWriteFailed(
                     f"{len(left)} of {len(names)} blocks were not stored by the KV cache server."
                 )
@@ -122,31 +127,28 @@ class Blocks:
             await asyncio.sleep(pause_s)
             pause_s = min(2 * pause_s, longest_s)
 
-    def _must_have_disk(self) -> None:
+    def _must_have_disk(self, left: Sequence[str]) -> None:
         """LMCache tells nobody that it could not write for that reason. Raises InsufficientDisk."""
-        if shutil.disk_usage(self._tier.directory).free < LEAST_DISK:
-            raise InsufficientDisk(
-                "The disk under server.state_dir is full.",
-                action="Free space there, or delete old windows with 'hive window delete'.",
-            )
+        size = self._tier.largest(_beginning(left[0]))
+        needed = max(len(left) * size, LEAST_DISK)
+        if shutil.disk_usage(self._tier.directory).free < needed:
+            raise full(self._tier.directory, needed)
 
-    async def _must_be_alike(
-        self, blocks: Sequence[Sequence[Block]], names: Sequence[Sequence[str]]
-    ) -> None:
+    def _must_be_alike(self, taken: dict[int, list[Block]], names: Sequence[Sequence[str]]) -> None:
         """A block shorter than the others was cut off by a crash, and LMCache never mends one."""
-        size = max((block.size for chunk in blocks for block in chunk), default=0)
+        size = max((block.size for chunk in taken.values() for block in chunk), default=0)
         if 0 < len(names) < FEW:  # all of them may have been cut off alike
-            beginning = names[0][0].rpartition("@0x")[0] + "@"
-            size = max(size, await in_thread(self._tier.largest, beginning))
+            size = max(size, self._tier.largest(_beginning(names[0][0])))
         short = [
-            name
-            for chunk, named in zip(blocks, names, strict=True)
-            for block, name in zip(chunk, named, strict=True)
+            (at, name)
+            for at, named in enumerate(names)
+            for block, name in zip(taken[at], named, strict=True)
             if block.size != size or not size
         ]
         if short:
-            for name in short:
+            for at, name in short:
                 (self._tier.directory / name).unlink(missing_ok=True)
+                taken.pop(at, None)
             raise StorageWriteFailed(f"{len(short)} blocks in the KV tier were not whole.")
 
     async def restored(
@@ -154,8 +156,8 @@ class Blocks:
     ) -> tuple[dict[str, Any], list[str]]:
         """Put what is whole where the engine finds it; the receipt, and what to warn of.
 
-        Raises ModelIncompatible, StorageCorrupted (nothing is usable), BlockNotFound
-        (`require_full`).
+        Raises ModelIncompatible, StorageCorrupted (nothing is usable, or something is damaged and
+        `require_full`), BlockNotFound (`require_full`).
         """
         async with self._engines.slot(manifest.model, manifest.session_id) as slot:
             _must_fit(manifest, slot.identity)
@@ -166,16 +168,19 @@ class Blocks:
             health = await self.health(manifest, told)
             whole = [one.is_whole for one in health]
             found = usable(whole, shape.chunk_tokens)
+            damaged = [name for one in health for name in one.damaged]
             if not found.usable_tokens and manifest.blocks:
                 raise StorageCorrupted(
                     f"Context data failed its integrity check: none of the {len(whole)} blocks of "
-                    "the window can be used."
+                    f"the window can be used{_named(', damaged is', damaged)}."
+                )
+            if require_full and damaged:
+                raise StorageCorrupted(
+                    f"Context data failed its integrity check{_named(':', damaged)}."
                 )
             if require_full and found.is_partial:
-                raise BlockNotFound(
-                    f"Some context data is unavailable: {found.blocks_missing} blocks are missing "
-                    "or damaged."
-                )
+                missing = [name for one in health for name in one.missing]
+                raise BlockNotFound(f"Some context data is unavailable{_named(':', missing)}.")
 
             def give_back() -> int:
                 linked = 0
@@ -208,15 +213,34 @@ class Blocks:
         }
         return receipt, warnings
 
+    async def manifest(self, window_id: str) -> Manifest:
+        """Raises StorageCorrupted, StorageReadFailed."""
+        return await retried("storage", lambda _: in_thread(self._files.manifest, window_id))
+
     async def health(self, manifest: Manifest, told: Progress) -> list[Health]:
-        """Every byte read, and what is corrupt taken out of LMCache's tier. Raises StorageReadFailed."""
+        """Every byte read, and what is damaged taken out of LMCache's tier.
+
+        What the disk does not give is asked for again (R090, R101) before it counts as damaged.
+        Raises StorageReadFailed, StorageWriteFailed.
+        """
         tell = Teller(told, "check", len(manifest.blocks))
-        health = await retried(
-            "storage", lambda _: in_thread(self._files.health, manifest, tell, teller=tell)
-        )
-        if any(one.corrupt for one in health):
+        found: dict[int, Health] = {}
+
+        async def attempt(_: bool) -> None:
+            health = await in_thread(self._files.health, manifest, tell, found, teller=tell)
+            if unreadable := [name for one in health for name in one.unreadable]:
+                raise StorageReadFailed(f"Context data could not be read{_named(':', unreadable)}.")
+
+        try:
+            await retried("storage", attempt)
+        except StorageReadFailed:
+            if len(found) < len(manifest.blocks):
+                raise
+        health = [found[at] for at in range(len(manifest.blocks))]
+        if damaged := [name for one in health for name in one.damaged]:
+            log.error("window %s is damaged%s", manifest.name, _named(":", damaged))
             # LMCache checks nothing, so an engine may load it at any moment, whoever asks.
-            await in_thread(self._files.expel, manifest, health)
+            await retried("storage", lambda _: in_thread(self._files.expel, manifest, health))
             self._tier.look_again()
         return health
 
@@ -236,11 +260,14 @@ class Blocks:
         hashes = [bytes.fromhex(one) for one in manifest.hashes]
         names = _names(slot.shape, hashes, manifest.salt)
         flat = [name for at in damaged for name in names[at]]
-        blocks, recovered, again = list(manifest.blocks), 0, []
+        blocks, recovered = list(manifest.blocks), 0
+        again: list[int] = []
         with self._tier.holding(flat):
 
             def recover() -> None:
                 nonlocal recovered
+                recovered = 0
+                again.clear()
                 for at in damaged:
                     self._files.drop(manifest, health[at])
                     if self._files.take_again(manifest, at, names[at], as_it_was=True):
@@ -250,7 +277,7 @@ class Blocks:
                         for name in names[at]:  # whatever it is, it is not what was frozen
                             (self._tier.directory / name).unlink(missing_ok=True)
 
-            await in_thread(recover)
+            await retried("storage", lambda _: in_thread(recover))
             if again:
                 lacking = [name for at in again for name in names[at]]
 
@@ -274,12 +301,17 @@ class Blocks:
 
                 await retried("block_write", attempt)
                 manifest = structs.replace(manifest, blocks=blocks)
-                await in_thread(self._files.rewrite, manifest)
+                mended = manifest
+                await retried("storage", lambda _: in_thread(self._files.rewrite, mended))
         return Mended(manifest, recovered, recomputed=len(again))
 
     async def in_tier(self, window_id: str) -> int | None:
         """How many of its files LMCache's tier has, by whichever name; None: that is not known."""
-        return await in_thread(self._in_tier, window_id)
+        try:
+            async with asyncio.timeout(LOOK_AT_MOST_S):
+                return await in_thread(self._in_tier, window_id)
+        except TimeoutError:
+            return None
 
     def _in_tier(self, window_id: str) -> int | None:
         try:
@@ -298,6 +330,19 @@ class Blocks:
 
 def _names(shape: Shape, hashes: Sequence[bytes], salt: str) -> list[list[str]]:
     return [block_names(shape, one, salt) for one in hashes]
+
+
+def _beginning(name: str) -> str:
+    """What the tier's names of blocks of the same size begin with."""
+    return name.rpartition("@0x")[0] + "@"
+
+
+def _named(before: str, blocks: Sequence[str]) -> str:
+    """The first of them, for a sentence; nothing where there is none."""
+    if not blocks:
+        return ""
+    more = f" and {len(blocks) - NAMED} more" if len(blocks) > NAMED else ""
+    return f"{before} {'blocks' if len(blocks) > 1 else 'block'} {', '.join(blocks[:NAMED])}{more}"
 
 
 def _must_fit(manifest: Manifest, now: Identity) -> None:

@@ -7,10 +7,11 @@ name: nothing is copied, and LMCache's tier may lose its own name for it.
 
 import contextlib
 import errno
+import math
 import os
 import secrets
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -32,8 +33,8 @@ from hive.storage.catalogue import Window
 MANIFEST = "manifest.json"
 VERSION = 1
 UNFINISHED = ".part"
-_UNREADABLE = (errno.EIO, errno.EISDIR, errno.ELOOP, errno.EINVAL)
-_FULL = (errno.ENOSPC, errno.EDQUOT)
+MIB = 2**20
+_NO_FILE = (errno.EISDIR, errno.ELOOP, errno.EINVAL)
 
 BEYOND_REPAIR = (
     "Without its manifest nothing of the window can be recovered: delete it with "
@@ -107,14 +108,23 @@ class _Sealed(msgspec.Struct):
 
 @dataclass(frozen=True, slots=True)
 class Health:
-    """Of each chunk of a window: whole, or what is wrong with the files of it."""
+    """Of each chunk of a window: whole, or what is wrong with the files of it.
+
+    What cannot be read may be had again another day: nothing takes it out of the window but a
+    block that replaces it.
+    """
 
     missing: tuple[str, ...] = ()
     corrupt: tuple[str, ...] = ()
+    unreadable: tuple[str, ...] = ()
+
+    @property
+    def damaged(self) -> tuple[str, ...]:
+        return self.corrupt + self.unreadable
 
     @property
     def is_whole(self) -> bool:
-        return not (self.missing or self.corrupt)
+        return not (self.missing or self.damaged)
 
 
 class WindowFiles:
@@ -131,28 +141,57 @@ class WindowFiles:
     def begin(self, window_id: str) -> Path:
         """An empty folder for what is being frozen. Raises StorageWriteFailed, InsufficientDisk."""
         part = self._unfinished(window_id)
-        with _writing():
+        with _writing(on=self.tier):
             self.directory.mkdir(mode=0o700, exist_ok=True)
-            part.mkdir(mode=0o700)
+            part.mkdir(mode=0o700, exist_ok=True)
         return part
 
-    def take(self, part: Path, names: Sequence[Sequence[str]], told: Progress) -> list[list[Block]]:
+    def take(
+        self,
+        part: Path,
+        names: Sequence[Sequence[str]],
+        told: Progress,
+        taken: dict[int, list[Block]] | None = None,
+    ) -> list[list[Block]]:
         """Link the tier's files of each chunk into a folder, and see each one safe on disk.
 
-        Raises FileNotFoundError for one that is not in the tier any more, StorageWriteFailed.
+        `taken` remembers for the next attempt which chunks are: each one is tried, whatever is
+        wrong with another (C28). Raises FileNotFoundError for one that is not in the tier any more,
+        StorageWriteFailed; and at once what no repetition helps (C25).
         """
-        blocks: list[list[Block]] = []
+        taken = {} if taken is None else taken
+        wrong: list[Exception] = []
         for at, chunk in enumerate(names):
-            blocks.append([self._taken(part, at, rank, name) for rank, name in enumerate(chunk)])
-            told(at + 1)
-        return blocks
+            if at in taken:
+                continue
+            try:
+                taken[at] = [self._taken(part, at, rank, name) for rank, name in enumerate(chunk)]
+            except (FileNotFoundError, StorageWriteFailed) as exc:
+                wrong.append(exc)
+            told(len(taken))
+        if wrong:
+            raise wrong[0]
+        return [taken[at] for at in range(len(names))]
 
     def _taken(self, part: Path, at: int, rank: int, name: str) -> Block:
-        own = part / f"{at:06d}-{rank}"
-        with _writing(FileNotFoundError):
+        own, theirs = part / f"{at:06d}-{rank}", self.tier / name
+        size = 0
+        with _writing(FileNotFoundError, on=self.tier, needs=lambda: size):
             own.unlink(missing_ok=True)  # of an attempt before
-            os.link(self.tier / name, own)
-            return _measured(own, is_synced=True)
+            size = theirs.stat().st_size
+            os.link(theirs, own)
+            return _saved(own, theirs)
+
+    def put(self, part: Path, name: str, content: Iterable[bytes]) -> None:
+        """A block that comes from elsewhere, on disk when this returns.
+
+        Raises StorageWriteFailed, InsufficientDisk, and whatever `content` does.
+        """
+        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+        with _writing(), open(os.open(part / name, flags, 0o600), "wb") as file:
+            file.writelines(content)
+            file.flush()
+            os.fsync(file.fileno())
 
     def finish(self, part: Path, manifest: Manifest) -> Path:
         """Write the manifest and give the folder its name: from then on it is whole.
@@ -160,19 +199,18 @@ class WindowFiles:
         Raises StorageWriteFailed, InsufficientDisk.
         """
         folder = self.folder(manifest.id)
-        with _writing():
-            self._write_manifest(part, manifest)
-            part.rename(folder)
+        with _writing(on=self.tier, needs=lambda: len(sealed(manifest))):
+            if not folder.is_dir():  # else an attempt before came so far
+                self._write_manifest(part, manifest)
+                part.rename(folder)
             _sync(self.directory)
         return folder
 
     def _write_manifest(self, folder: Path, manifest: Manifest) -> None:
-        raw = msgspec.json.encode(manifest)
-        sealed = _Sealed(blake3.blake3(raw).hexdigest(), msgspec.Raw(raw))
         new = folder / f"{MANIFEST}.new"
         fd = os.open(new, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
         with open(fd, "wb") as file:
-            file.write(msgspec.json.encode(sealed))
+            file.write(sealed(manifest))
             file.flush()
             os.fsync(fd)
         new.replace(folder / MANIFEST)
@@ -180,7 +218,7 @@ class WindowFiles:
 
     def rewrite(self, manifest: Manifest) -> None:
         """Replace the manifest of a window. Raises StorageWriteFailed."""
-        with _writing():
+        with _writing(on=self.tier, needs=lambda: len(sealed(manifest))):
             self._write_manifest(self.folder(manifest.id), manifest)
 
     def clone(self, manifest: Manifest, clone: Manifest) -> None:
@@ -188,7 +226,7 @@ class WindowFiles:
         part = self.begin(clone.id)
         source = self.folder(manifest.id)
         try:
-            with _writing():
+            with _writing(on=self.tier):
                 for block in _each(manifest):
                     with contextlib.suppress(FileNotFoundError):  # it is missing there as well
                         os.link(source / block.name, part / block.name)
@@ -213,17 +251,7 @@ class WindowFiles:
             raise StorageReadFailed(
                 f"The window's manifest cannot be read: {exc.strerror}."
             ) from exc
-        try:
-            sealed = msgspec.json.decode(raw, type=_Sealed)
-            if blake3.blake3(bytes(sealed.manifest)).hexdigest() != sealed.blake3:
-                raise StorageCorrupted(
-                    "The window's manifest does not fit its checksum.", action=BEYOND_REPAIR
-                )
-            manifest = msgspec.json.decode(sealed.manifest, type=Manifest)
-        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as exc:
-            raise StorageCorrupted(
-                "The window's manifest cannot be understood.", action=BEYOND_REPAIR
-            ) from exc
+        manifest = unsealed(raw)
         if manifest.version != VERSION or manifest.id != window_id:
             raise StorageCorrupted(
                 f"The window's manifest is of version {manifest.version}, or another window's; "
@@ -231,25 +259,39 @@ class WindowFiles:
             )
         return manifest
 
-    def health(self, manifest: Manifest, told: Progress) -> list[Health]:
-        """Read every block. Raises StorageReadFailed."""
-        folder = self.folder(manifest.id)
-        found = []
+    def health(
+        self, manifest: Manifest, told: Progress, found: dict[int, Health] | None = None
+    ) -> list[Health]:
+        """Read every block. Raises StorageReadFailed.
+
+        `found` remembers for the next attempt what is known of which chunk; those with something
+        unreadable are looked at again.
+        """
+        found = {} if found is None else found
         for at, chunk in enumerate(manifest.blocks):
-            missing, corrupt = [], []
-            for block in chunk:
-                try:
-                    if _measured(folder / block.name) != block:
-                        corrupt.append(block.name)
-                except FileNotFoundError:
-                    missing.append(block.name)
-                except OSError as exc:
-                    if exc.errno not in _UNREADABLE:
-                        raise StorageReadFailed(f"A block cannot be read: {exc.strerror}.") from exc
-                    corrupt.append(block.name)  # a broken sector, say: it will not come back
-            found.append(Health(tuple(missing), tuple(corrupt)))
+            if at not in found or found[at].unreadable:
+                found[at] = self._health(self.folder(manifest.id), chunk)
             told(at + 1)
-        return found
+        return [found[at] for at in range(len(manifest.blocks))]
+
+    def _health(self, folder: Path, chunk: Sequence[Block]) -> Health:
+        missing, corrupt, unreadable = [], [], []
+        for block in chunk:
+            try:
+                if _measured(folder / block.name) != block:
+                    corrupt.append(block.name)
+            except FileNotFoundError:
+                missing.append(block.name)
+            except OSError as exc:
+                if exc.errno in _NO_FILE:
+                    corrupt.append(block.name)
+                elif exc.errno == errno.EIO:  # a broken sector, say, or a cable
+                    unreadable.append(block.name)
+                else:
+                    raise StorageReadFailed(
+                        f"Block {block.name} cannot be read: {exc.strerror}."
+                    ) from exc
+        return Health(tuple(missing), tuple(corrupt), tuple(unreadable))
 
     def shared(self, manifest: Manifest) -> int:
         """How many of its files are LMCache's as well. Raises StorageReadFailed."""
@@ -282,7 +324,7 @@ class WindowFiles:
         """
         linked = 0
         folder = self.folder(manifest.id)
-        with _writing():
+        with _writing(on=self.tier):
             for block, name in zip(manifest.blocks[chunk], names, strict=True):
                 own, theirs = folder / block.name, self.tier / name
                 with contextlib.suppress(FileNotFoundError):
@@ -309,18 +351,18 @@ class WindowFiles:
                     own.unlink(missing_ok=True)
 
     def expel(self, manifest: Manifest, health: Sequence[Health]) -> None:
-        """Take corrupt blocks out of the tier, by whichever name they are there.
+        """Take damaged blocks out of the tier, by whichever name they are there.
 
         LMCache neither checks what it reads nor writes what is there. Raises StorageWriteFailed.
         """
         folder = self.folder(manifest.id)
-        corrupt = set()
+        damaged = set()
         with _writing():
-            for name in (name for one in health for name in one.corrupt):
+            for name in (name for one in health for name in one.damaged):
                 with contextlib.suppress(FileNotFoundError):
-                    corrupt.add((folder / name).stat(follow_symlinks=False).st_ino)
+                    damaged.add((folder / name).stat(follow_symlinks=False).st_ino)
             for entry in os.scandir(self.tier):
-                if entry.inode() in corrupt and entry.is_file(follow_symlinks=False):
+                if entry.inode() in damaged and entry.is_file(follow_symlinks=False):
                     Path(entry.path).unlink(missing_ok=True)
 
     def take_again(
@@ -332,10 +374,10 @@ class WindowFiles:
         """
         folder = self.folder(manifest.id)
         found: list[Block] = []
-        with _writing():
+        with _writing(on=self.tier):
             for block, name in zip(manifest.blocks[chunk], names, strict=True):
                 try:
-                    theirs = _measured(self.tier / name, is_synced=True)
+                    theirs = _saved(self.tier / name)
                 except FileNotFoundError:
                     return None
                 mine = Block(block.name, theirs.size, theirs.blake3)
@@ -407,6 +449,27 @@ def made(
     )
 
 
+def sealed(manifest: Manifest) -> bytes:
+    """A manifest as it is on disk: with its own checksum before it."""
+    raw = msgspec.json.encode(manifest)
+    return msgspec.json.encode(_Sealed(blake3.blake3(raw).hexdigest(), msgspec.Raw(raw)))
+
+
+def unsealed(raw: bytes) -> Manifest:
+    """What `sealed` has made. Raises StorageCorrupted."""
+    try:
+        found = msgspec.json.decode(raw, type=_Sealed)
+        if blake3.blake3(bytes(found.manifest)).hexdigest() != found.blake3:
+            raise StorageCorrupted(
+                "The window's manifest does not fit its checksum.", action=BEYOND_REPAIR
+            )
+        return msgspec.json.decode(found.manifest, type=Manifest)
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as exc:
+        raise StorageCorrupted(
+            "The window's manifest cannot be understood.", action=BEYOND_REPAIR
+        ) from exc
+
+
 def _each(manifest: Manifest) -> Iterator[Block]:
     for chunk in manifest.blocks:
         yield from chunk
@@ -433,9 +496,52 @@ def _sync(directory: Path) -> None:
         os.close(fd)
 
 
+def _saved(path: Path, *names: Path) -> Block:
+    """`_measured`, and on disk; `names` are its other ones. What cannot be saved has none any more.
+
+    The kernel tells of a lost write once. After that a sync of the same file would say that all is
+    well, and its content be what was never written: it is stored anew, or not at all.
+    """
+    try:
+        return _measured(path, is_synced=True)
+    except FileNotFoundError:
+        raise
+    except OSError:
+        for name in (path, *names):
+            name.unlink(missing_ok=True)
+        raise
+
+
+def full(on: Path, needed: int) -> InsufficientDisk:
+    """What a disk that is full lacks. `on` is a directory of it, `needed` are bytes."""
+    about = os.statvfs(on)
+    free = about.f_bavail * about.f_frsize
+    told = f"{needed:,} bytes are needed and {free:,} are free"
+    if free < needed:
+        told += f", {needed - free:,} too little"
+    elif about.f_files and not about.f_favail:
+        told += ", but its inodes are used up"
+    return InsufficientDisk(
+        f"The disk under server.state_dir is full: {told}.",
+        action="Free space there, or delete old windows with 'hive window delete'.",
+        required_disk_mb=math.ceil(needed / MIB),
+        available_disk_mb=free // MIB,
+        resource_info={"required_bytes": needed, "available_bytes": free},
+    )
+
+
+def _nothing() -> int:
+    return 0
+
+
 @contextlib.contextmanager
-def _writing(*but: type[OSError]) -> Iterator[None]:
-    """The system's errors as the storage's (R102, C25), `but` some."""
+def _writing(
+    *but: type[OSError], on: Path | None = None, needs: Callable[[], int] = _nothing
+) -> Iterator[None]:
+    """The system's errors as the storage's (R102, C25), `but` some.
+
+    `on` is a directory of the disk that may be full, `needs` how many bytes were to be written.
+    """
     try:
         yield
     except but:
@@ -443,9 +549,12 @@ def _writing(*but: type[OSError]) -> Iterator[None]:
     except OSError as exc:
         if exc.errno == errno.EDQUOT:
             raise StorageQuotaExceeded("The disk quota of hive's user is used up.") from exc
-        if exc.errno in _FULL:
+        if exc.errno == errno.ENOSPC:
+            with contextlib.suppress(OSError):  # it may have gone meanwhile
+                if on is not None:
+                    raise full(on, needs()) from exc
             raise InsufficientDisk(
                 "The disk under server.state_dir is full.",
                 action="Free space there, or delete old windows with 'hive window delete'.",
             ) from exc
-        raise StorageWriteFailed(f"Context data could not be written: {exc.strerror}.") from exc
+        raise StorageWriteFailed(f"Failed to save context data: {exc.strerror}.") from exc

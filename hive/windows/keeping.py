@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from hive.events import Announcer
 from hive.settings import Settings
 from hive.storage.catalogue import opened
+from hive.windows.backups import Backups
 from hive.windows.blocks import Blocks
 from hive.windows.engines import Engines
 from hive.windows.files import WindowFiles
@@ -28,6 +29,7 @@ class Keeping:
 
     sessions: Sessions
     windows: Windows
+    backups: Backups
     engines: Engines
 
 
@@ -37,7 +39,8 @@ async def keeping(
 ) -> AsyncIterator[Keeping | None]:
     """Open the catalogue, end what an earlier life left half done; None where nothing has windows.
 
-    Raises ConfigInvalid, StoreUnreachable.
+    Raises ConfigInvalid, StoreUnreachable, and StorageReadFailed or OperationTimeout where the disk of
+    backups fails.
     """
     if fleet.site is None:
         yield None
@@ -45,14 +48,17 @@ async def keeping(
     state = settings.server.state_dir
     tier = Tier(fleet.site.tier, int(settings.windows.kv_tier_gib * GIB))
     files = WindowFiles(state / WINDOWS, fleet.site.tier)
-    async with opened(state) as catalogue:
+    url = settings.windows.catalogue_url.get_secret_value()
+    async with opened(state, url) as catalogue:
         for line in await recover(catalogue, files):
             log.warning("%s", line)
         sessions = Sessions(settings, catalogue, announcer)
         engines = Engines(settings, fleet)
         blocks = Blocks(files, tier, engines)
         windows = Windows(settings, catalogue, files, blocks, sessions, announcer)
+        backups = Backups(settings, windows, files, blocks)
+        await backups.tidy()
         await windows.count()
         await asyncio.to_thread(tier.clear)
-        async with sessions.running(), tier.bounded():
-            yield Keeping(sessions, windows, engines)
+        async with sessions.running(), windows.running(), tier.bounded():
+            yield Keeping(sessions, windows, backups, engines)

@@ -12,7 +12,7 @@ import logging
 import re
 import secrets
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -25,6 +25,7 @@ from hive.errors import (
     InvalidParameter,
     InvalidStateTransition,
     InvalidWindowName,
+    OperationTimeout,
     SessionAlreadyFrozen,
     SessionIsolation,
     SessionNotActive,
@@ -42,12 +43,23 @@ from hive.storage.finishing import to_the_end
 from hive.windows.blocks import Blocks
 from hive.windows.files import Health, WindowFiles
 from hive.windows.sessions import Sessions, checked_id
-from hive.windows.work import LIMIT_S, Progress, in_thread, limit_s, limited, unheard
+from hive.windows.work import (
+    LIMIT_S,
+    Progress,
+    hangs,
+    in_thread,
+    limit_s,
+    limited,
+    nothing_hangs,
+    retried,
+    unheard,
+)
 
 log = logging.getLogger(__name__)
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,127}\Z")
 GIB = 2**30
+AGAIN_S = (1.0, 30.0)  # between two tries to remove what cannot be removed, first and longest
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,7 +100,10 @@ class Status:
 
 
 class Windows:
-    """Every call names the `owner` who asks: None is an admin, who may see everybody's."""
+    """Every call names the `owner` who asks: None is an admin, who may see everybody's.
+
+    `running` must be entered for anything to be frozen, cloned or deleted.
+    """
 
     def __init__(
         self,
@@ -104,6 +119,19 @@ class Windows:
         self._sessions = sessions
         self._announcer = announcer
         self._busy: set[str] = set()  # windows that something is done with
+        self._removals: set[asyncio.Task[None]] = set()
+        self._tasks: asyncio.TaskGroup | None = None
+
+    @asynccontextmanager
+    async def running(self) -> AsyncIterator[None]:
+        """What cannot be removed is tried again while the block runs."""
+        async with asyncio.TaskGroup() as tasks:
+            self._tasks = tasks
+            try:
+                yield
+            finally:
+                for one in self._removals:
+                    one.cancel()
 
     # ── freeze ──────────────────────────────────────────────────────────────────────────────────
 
@@ -134,7 +162,7 @@ class Windows:
         if session.state not in (SessionState.ACTIVE, SessionState.THAWED):
             raise SessionNotActive(f"The session is {session.state}.")
         with self._sessions.frozen_still(session_id):
-            async with self._noted("freeze", name, session) as note:
+            async with self.noted("freeze", name, session) as note:
                 await self._sessions.recorded(session_id)
                 session = await self._catalogue.session(session_id, owner)
                 if session.state is SessionState.FROZEN:  # by somebody who was first
@@ -175,15 +203,58 @@ class Windows:
 
     async def _undone(self, window: Window) -> None:
         """As if nothing had been tried (R107), unless it was done before its client left."""
+        await self._gone(window.id)
+
+    async def _gone(self, window_id: str) -> HiveError | None:
+        """Take away a window that is not frozen; what kept the first try from it.
+
+        It is tried until it is gone, while `running`, and by the next start after that: its row is
+        there as long, and so is its name.
+        """
+        assert self._tasks is not None
+        first: asyncio.Future[HiveError | None] = asyncio.get_running_loop().create_future()
+        removing = self._tasks.create_task(
+            self._removing(window_id, first), name=f"remove:{window_id}"
+        )
+        self._removals.add(removing)
+        removing.add_done_callback(self._removals.discard)
+        return await to_the_end(first)
+
+    async def _removing(self, window_id: str, first: "asyncio.Future[HiveError | None]") -> None:
+        pause_s = AGAIN_S[0]
+        error: HiveError | None = None
         try:
-            row = await self._catalogue.window_by_id(window.id)
-            if row is not None and row.state is WindowState.FROZEN:
-                return
-            await self._blocks.removed(window.id)
-            await self._catalogue.remove_window(window.id)
-        except HiveError:
-            # The next start finds the row and what belongs to it, and takes both away.
-            log.critical("a freeze could not be undone (window %s)", window.id, exc_info=True)
+            while True:
+                if hangs() and not first.done():
+                    first.set_result(OperationTimeout("The disk under server.state_dir hangs."))
+                error = await self._tried_to_remove(window_id)
+                if not first.done():
+                    first.set_result(error)
+                if error is None:
+                    return
+                log.critical(
+                    "a window could not be removed (%s): %s; that is tried again in %g s",
+                    *(window_id, error.message, pause_s),
+                )
+                await asyncio.sleep(pause_s)
+                pause_s = min(2 * pause_s, AGAIN_S[1])
+        finally:
+            if not first.done():
+                first.set_result(error)
+
+    async def _tried_to_remove(self, window_id: str) -> HiveError | None:
+        try:
+            await nothing_hangs()  # what still writes there would be in the way
+            async with limited(LIMIT_S, time.monotonic()):
+                row = await self._catalogue.window_by_id(window_id)
+                if row is None or row.state is not WindowState.FROZEN:
+                    await self.removed(window_id)
+        except HiveError as exc:
+            return exc
+        except Exception as exc:  # the boundary of a task nobody waits for
+            log.exception("removing a window met what nobody foresaw")
+            return InternalError(repr(exc))
+        return None
 
     async def _must_be_free(self, owner: str, name: str) -> None:
         if await self._catalogue.has_window(name, owner):
@@ -229,13 +300,13 @@ class Windows:
         if session_id is not None:
             checked_id(session_id)
         window = await self.window(owner, name)
-        async with self._noted("thaw", name, window) as note, self._alone(window):
+        async with self.noted("thaw", name, window) as note, self.alone(window):
             session = None
             if session_id is not None:
                 session = await self._catalogue.session(session_id, owner)
                 _must_be_of(window, session)
             async with limited(limit_s(window.tokens), began):
-                manifest = await in_thread(self._files.manifest, window.id)
+                manifest = await self._blocks.manifest(window.id)
                 receipt, warnings = await self._blocks.restored(manifest, require_full, told)
             said = manifest.conversation
             if session is None:
@@ -296,12 +367,11 @@ class Windows:
 
     async def clone(self, owner: str | None, name: str, new_name: str) -> Window:
         """Another window of the same blocks; it costs links only. Raises WindowAlreadyExists."""
+        began = time.monotonic()
         checked_name(new_name)
         window = await self.window(owner, name)
-        async with self._noted("clone", new_name, window) as note, self._alone(window):
-            await self._must_be_free(window.owner, new_name)
-            await self._must_have_room(window.owner)
-            manifest = await in_thread(self._files.manifest, window.id)
+        async with self.noted("clone", new_name, window) as note, self.alone(window):
+            manifest = await self._blocks.manifest(window.id)
             cloned = structs.replace(
                 manifest,
                 id=secrets.token_hex(16),
@@ -310,22 +380,39 @@ class Windows:
                 parent_id=window.id,
             )
             row = cloned.window()
-            await self._must_have_bytes(window.owner, row.bytes)
-            try:
-                await self._catalogue.begin_window(row, self._settings.max_windows)
-                await in_thread(self._files.clone, manifest, cloned)
-                await self._catalogue.commit_window(row, keep_active=True)
-            except BaseException:
-                await to_the_end(self._undone(row))
-                raise
-            note.blocks, note.bytes = row.blocks, row.bytes
-            await self.count()
-            return replace(row, state=WindowState.FROZEN)
+
+            async def fill() -> None:
+                async with limited(limit_s(row.tokens), began):
+                    await retried(
+                        "storage", lambda _: in_thread(self._files.clone, manifest, cloned)
+                    )
+
+            done = await self.added(row, fill)
+            note.blocks, note.bytes = done.blocks, done.bytes
+            return done
+
+    async def added(self, row: Window, fill: Callable[[], Awaitable[None]]) -> Window:
+        """A window whose folder `fill` makes: it is there whole, or as if it was never tried.
+
+        Raises WindowAlreadyExists, StorageQuotaExceeded, and whatever `fill` does.
+        """
+        await self._must_be_free(row.owner, row.name)
+        await self._must_have_room(row.owner)
+        await self._must_have_bytes(row.owner, row.bytes)
+        try:
+            await self._catalogue.begin_window(row, self._settings.max_windows)
+            await fill()
+            await self._catalogue.commit_window(row, keep_active=True)
+        except BaseException:
+            await to_the_end(self._undone(row))
+            raise
+        await self.count()
+        return replace(row, state=WindowState.FROZEN)
 
     async def delete(self, owner: str | None, name: str) -> None:
-        """It is not found from the first step on; a deletion that is cut off ends at the next start."""
+        """It is not found from the first step on; what cannot be removed then is tried again."""
         window = await self.window(owner, name)
-        async with self._noted("delete", name, window) as note, self._alone(window):
+        async with self.noted("delete", name, window) as note, self.alone(window):
             note.blocks, note.bytes = window.blocks, window.bytes
             # Half deleted nobody could find it, to delete it again.
             await to_the_end(self._deleted(window.id))
@@ -333,7 +420,8 @@ class Windows:
 
     async def _deleted(self, window_id: str) -> None:
         await self._catalogue.begin_removal(window_id)
-        await self.removed(window_id)
+        if error := await self._gone(window_id):
+            raise error
 
     async def removed(self, window_id: str) -> None:
         """Its files first, its row last."""
@@ -344,10 +432,12 @@ class Windows:
 
     async def verify(self, owner: str | None, name: str, told: Progress = unheard) -> Report:
         """Read every byte of it. Raises StorageCorrupted where its manifest is no help any more."""
+        began = time.monotonic()
         window = await self.window(owner, name)
-        async with self._noted("verify", name, window) as note, self._alone(window):
-            manifest = await in_thread(self._files.manifest, window.id)
-            health = await self._blocks.health(manifest, told)
+        async with self.noted("verify", name, window) as note, self.alone(window):
+            async with limited(limit_s(window.tokens), began):
+                manifest = await self._blocks.manifest(window.id)
+                health = await self._blocks.health(manifest, told)
             note.blocks = len(health)
             return _report(name, health)
 
@@ -357,9 +447,9 @@ class Windows:
         stored; what was recovered before stays."""
         began = time.monotonic()
         window = await self.window(owner, name)
-        async with self._noted("repair", name, window) as note, self._alone(window):
-            manifest = await in_thread(self._files.manifest, window.id)
+        async with self.noted("repair", name, window) as note, self.alone(window):
             async with limited(limit_s(window.tokens), began):
+                manifest = await self._blocks.manifest(window.id)
                 health = await self._blocks.health(manifest, told)
                 if all(one.is_whole for one in health):
                     return _report(name, health)
@@ -382,7 +472,7 @@ class Windows:
                 self._announcer.announce(WindowsCounted(str(state), count))
 
     @asynccontextmanager
-    async def _alone(self, window: Window) -> AsyncIterator[None]:
+    async def alone(self, window: Window) -> AsyncIterator[None]:
         """Nothing else is done with it meanwhile. Raises InvalidStateTransition."""
         if window.id in self._busy:
             raise InvalidStateTransition(
@@ -396,12 +486,12 @@ class Windows:
             self._busy.discard(window.id)
 
     @asynccontextmanager
-    async def _noted(
+    async def noted(
         self, operation: str, name: str, about: Session | Window
-    ) -> AsyncIterator["_Note"]:
+    ) -> AsyncIterator["Note"]:
         """Announce how it ended (R115); what nobody foresaw becomes InternalError (R116)."""
         session = about.id if isinstance(about, Session) else about.session_id
-        note, began = _Note(session), time.monotonic()
+        note, began = Note(session), time.monotonic()
         code = ""
         try:
             yield note
@@ -434,7 +524,7 @@ class Windows:
 
 
 @dataclass(slots=True)
-class _Note:
+class Note:
     """What an operation's end tells."""
 
     session: str
@@ -469,5 +559,5 @@ def _report(name: str, health: Sequence[Health]) -> Report:
         blocks=len(health),
         whole=sum(one.is_whole for one in health),
         missing=[block for one in health for block in one.missing],
-        corrupt=[block for one in health for block in one.corrupt],
+        corrupt=[block for one in health for block in one.damaged],
     )

@@ -13,6 +13,8 @@ from collections.abc import AsyncIterator, Iterable, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
 
+from hive.windows.work import in_thread
+
 log = logging.getLogger(__name__)
 
 LOOK_S = 5.0
@@ -60,7 +62,7 @@ class Tier:
             while True:
                 await asyncio.sleep(LOOK_S)
                 try:
-                    await asyncio.to_thread(self.clear)
+                    await in_thread(self.clear)  # hive's end does not wait for it
                 except OSError as exc:
                     log.warning("the KV tier cannot be looked at: %s", exc.strerror)
 

@@ -3,10 +3,12 @@
 All problems are collected; `hive check` prints them, `hive serve` stops on them before it listens.
 """
 
+import asyncio
 import json
 import os
 import secrets
 import shutil
+import stat
 import threading
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -25,6 +27,7 @@ from hive.errors import (
 )
 from hive.policy.visible import visible
 from hive.settings import Model, Settings
+from hive.storage import postgres
 from hive.workers import directories, guard, lmcache
 from hive.workers.asking import ask
 from hive.workers.footprint import (
@@ -110,6 +113,8 @@ def check(
     findings += _named_twice(settings, resolved)
     findings += _check_devices(settings, driver, resolved, files, own())
     findings += _check_host(settings, files)
+    if any(model.windows for model in settings.models.values()):
+        findings.append(_check_backups(settings))
     # Of each replica the same may be wrong.
     once = {finding.found if finding.error else id(finding): finding for finding in findings}
     return list(once.values()), resolved
@@ -185,6 +190,46 @@ def _check_cache(settings: Settings) -> Iterator[Finding]:
     error_ = check_disk(state, size, "state_dir")
     enough = f"{state} has room for {settings.windows.kv_tier_gib:g} GiB of KV blocks"
     yield Finding(f"{subject}: disk", error_.message if error_ else enough, error_)
+
+
+def _check_backups(settings: Settings) -> Finding:
+    """Where backups go, made and for hive's user alone: they hold what protects a session."""
+    subject, path = "backups", settings.backup_dir
+    if not settings.server.state_dir.exists():  # `hive check` makes nothing
+        return Finding(subject, str(path))
+    try:
+        path.mkdir(mode=0o700, exist_ok=True)
+        about = path.stat()
+        wrong = (
+            f"{path} belongs to another user (uid {about.st_uid})"
+            if about.st_uid != os.geteuid()
+            else f"others may use {path} (mode {stat.S_IMODE(about.st_mode):04o})"
+            if about.st_mode & (stat.S_IRWXG | stat.S_IRWXO)
+            else ""
+        )
+        if not wrong and not os.access(path, os.R_OK | os.W_OK | os.X_OK):
+            wrong = f"{path} cannot be read or written"
+    except OSError as exc:
+        wrong = f"{path} cannot be used: {why(exc, path)}"
+    if not wrong:
+        return Finding(subject, str(path))
+    error = ConfigInvalid(
+        f"windows.backup_dir: {wrong}.",
+        action="Set windows.backup_dir to a directory of hive's user, below one that is there and "
+        "mounted, for that user alone (chmod 700).",
+    )
+    return Finding(subject, error.message, error)
+
+
+def _check_catalogue(settings: Settings) -> Iterator[Finding]:
+    """Whether PostgreSQL can be used for it; a file of SQLite is hive's own to make."""
+    subject, url = "catalogue", settings.windows.catalogue_url.get_secret_value()
+    if url:
+        try:
+            found = asyncio.run(postgres.look(settings.server.state_dir, url))
+            yield Finding(subject, found)
+        except HiveError as exc:
+            yield Finding(subject, exc.message, exc)
 
 
 def _check_is_local(name: str, model: Model) -> None:
@@ -338,6 +383,7 @@ def _check_host(settings: Settings, files: Mapping[str, ModelFiles | None]) -> I
     if any(model.windows for model in settings.models.values()):
         needs.append(("LMCache", cache_ram(settings)))
         yield from _check_cache(settings)
+        yield from _check_catalogue(settings)
     room = available_ram()
     error = check_ram(needs, room)
     free = f"{room.bytes / GIB:.1f} GiB available ({room.source})"

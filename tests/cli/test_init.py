@@ -14,7 +14,7 @@ import pytest
 
 from hive import __version__, cli
 from hive.cli import COMMANDS
-from hive.cli.client import address
+from hive.client.http import address
 from hive.workers import guard
 from steps.waiting import until
 from tests.patience import short_directory
@@ -289,8 +289,8 @@ def test_the_list_of_commands_says_what_each_does(capsys: pytest.CaptureFixture[
 
 
 def test_everything_that_prints_can_print_json() -> None:
-    """But `serve`, which does not, and logs, which are text."""
-    quiet = {"hive serve", "hive worker logs"}
+    """But `serve`, which does not, logs, which are text, and `mcp`, which speaks a protocol."""
+    quiet = {"hive serve", "hive worker logs", "hive mcp"}
     without = {
         name
         for name, command in every_command()

@@ -56,6 +56,16 @@ def test_other_files_are_tried_three_times() -> None:
     assert [storage.delay_s(calls, 1.0) for calls in (1, 2)] == [1, 2]
 
 
+@given(chances)
+def test_a_locked_database_is_asked_four_times(chance: float) -> None:
+    """A tenth of a second apart, and up to a quarter more (R161, C1, C4)."""
+    lock = RETRIES["db_lock"]
+
+    assert calls_made(lock) == 4
+    for calls in range(1, 5):
+        assert lock.delay_s(calls, chance) == pytest.approx(0.1 * (1 + chance / 4))
+
+
 @given(st.integers(1, 5), chances)
 def test_up_to_a_second_is_added_to_each_delay_of_the_network(calls: int, chance: float) -> None:
     """(R003, C4)"""

@@ -1,13 +1,11 @@
-"""The catalogue: every change whole or not at all, whoever is killed and whatever breaks."""
+"""The catalogue: every change whole or not at all, whoever is killed; in both databases the same."""
 
 import asyncio
-import os
-import sqlite3
 import subprocess
 import sys
 import time
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,18 +15,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hive.errors import (
-    ConfigInvalid,
     InvalidStateTransition,
     SessionNotFound,
     StorageQuotaExceeded,
-    StoreUnreachable,
     WindowAlreadyExists,
     WindowNotFound,
 )
 from hive.policy.windows import NEXT, SessionState, WindowState
 from hive.storage.catalogue import (
-    CONNECTIONS,
-    FILE,
     MOST_PAGE,
     Catalogue,
     Session,
@@ -36,7 +30,9 @@ from hive.storage.catalogue import (
     Window,
     opened,
 )
+from hive.storage.tables import CONNECTIONS
 from tests.patience import awaited, short_directory
+from tests.postgres import Server, emptied
 
 SAID = {"kind": "chat", "messages": [{"role": "user", "content": "häng an 😀"}]}
 
@@ -51,10 +47,33 @@ def window(number: int = 0, **facts: Any) -> Window:
     return replace(made, **facts)
 
 
+_url = ""  # of the database that is looked at; empty: SQLite
+
+
+@pytest.fixture(scope="module", autouse=True, params=["SQLite", "PostgreSQL"])
+def database(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Every test here in each of them."""
+    global _url  # noqa: PLW0603 (Hypothesis' tests take no fixture)
+    if request.param == "PostgreSQL":
+        server: Server = request.getfixturevalue("postgres")
+        _url = server.make_database("catalogue")
+    yield
+    _url = ""
+
+
+@contextmanager
+def new_home() -> Iterator[Path]:
+    """The state of a hive that has no catalogue yet."""
+    if _url:
+        emptied(_url)
+    with short_directory() as home:
+        yield home
+
+
 @asynccontextmanager
 async def catalogue() -> AsyncIterator[Catalogue]:
-    with short_directory() as home:
-        async with opened(home) as it:
+    with new_home() as home:
+        async with opened(home, _url) as it:
             yield it
 
 
@@ -86,17 +105,15 @@ async def test_what_is_kept_is_what_was_given() -> None:
 
 
 @awaited
-async def test_it_is_there_after_a_restart_and_for_hive_alone() -> None:
-    with short_directory() as home:
-        async with opened(home) as it:
+async def test_it_is_there_after_a_restart() -> None:
+    with new_home() as home:
+        async with opened(home, _url) as it:
             await it.add_session(session())
             kept = await frozen(it, window())
-        async with opened(home) as it:
+        async with opened(home, _url) as it:
             assert await it.window("w0", None) == kept
             assert await it.session("s0", None) == session()
             assert it.set_aside is None
-
-        assert (home / FILE).stat().st_mode & 0o777 == 0o600
 
 
 @awaited
@@ -478,28 +495,10 @@ async def test_readers_do_not_wait_for_who_writes() -> None:
                 assert (await it.window("w0", "ci")).name == "w0"
 
 
-@awaited
-async def test_it_keeps_as_many_connections_as_it_opened_first() -> None:
-    """hive counts its descriptors: they are the same from its start on."""
-    async with catalogue() as it:
-        file = str(it._engine.url.database)
-        before = descriptors(file)
-        await asyncio.gather(*(frozen(it, window(number)) for number in range(20)))
-        await asyncio.gather(*(it.windows(None) for _ in range(20)))
-
-        assert descriptors(file) == before
-        assert before >= CONNECTIONS
-
-
-def descriptors(file: str) -> int:
-    """How often this process has it open."""
-    links = [f"/proc/self/fd/{fd}" for fd in os.listdir("/proc/self/fd")]
-    return sum(os.path.realpath(link) == file for link in links)
-
-
 KEYS: tuple[Sort, ...] = ("name", "created_at", "tokens", "bytes")
 
 
+@settings(max_examples=30)  # each makes a database
 @given(
     sizes=st.lists(st.integers(0, 3), max_size=6),
     sort=st.sampled_from(KEYS),
@@ -539,7 +538,7 @@ from hive.storage.catalogue import opened
 from tests.storage.test_catalogue import frozen, window
 
 async def main():
-    async with opened(Path(sys.argv[1])) as it:
+    async with opened(Path(sys.argv[1]), sys.argv[2]) as it:
         for number in range(100_000):
             await frozen(it, window(number))
             print(number, flush=True)
@@ -551,8 +550,8 @@ asyncio.run(main())
 @pytest.mark.parametrize("least", [1, 7, 20])
 @awaited
 async def test_what_was_told_to_be_done_survives_a_kill(least: int) -> None:
-    with short_directory() as home:
-        argv = [sys.executable, "-c", WRITER, str(home)]
+    with new_home() as home:
+        argv = [sys.executable, "-c", WRITER, str(home), _url]
         writer = await asyncio.create_subprocess_exec(*argv, stdout=subprocess.PIPE)
         assert writer.stdout is not None
         told = -1
@@ -562,7 +561,7 @@ async def test_what_was_told_to_be_done_survives_a_kill(least: int) -> None:
         rest = (await writer.stdout.read()).split()
         await writer.wait()
         told = int(rest[-1]) if rest else told
-        async with opened(home) as it:
+        async with opened(home, _url) as it:
             found = await it.windows(None, state=None)
             assert it.set_aside is None
 
@@ -571,67 +570,3 @@ async def test_what_was_told_to_be_done_survives_a_kill(least: int) -> None:
         assert all(one.blocks == 2 for one in whole)
         assert len(found) - len(whole) <= 1  # the one that was under way
         assert len(found) <= told + 2
-
-
-def garbage(file: Path) -> None:
-    file.write_bytes(b"this is no database" * 1000)
-
-
-def flipped(file: Path) -> None:
-    data = bytearray(file.read_bytes())
-    for at in range(4096 + 8, len(data), 512):
-        data[at] ^= 0xFF
-    file.write_bytes(data)
-
-
-def cut(file: Path) -> None:
-    data = file.read_bytes()
-    file.write_bytes(data[: len(data) // 2])
-
-
-@pytest.mark.parametrize("breaks", [garbage, flipped, cut])
-@awaited
-async def test_a_broken_one_is_set_aside_and_kept(breaks: Any) -> None:
-    with short_directory() as home:
-        async with opened(home) as it:
-            for number in range(30):
-                await frozen(it, window(number))
-        breaks(home / FILE)
-        damaged = (home / FILE).read_bytes()
-        async with opened(home) as it:
-            assert it.set_aside is not None
-            assert it.set_aside.read_bytes() == damaged
-            assert await it.windows(None, state=None) == []
-            await frozen(it, window())
-        async with opened(home) as it:
-            assert it.set_aside is None
-            assert len(await it.windows(None)) == 1
-
-
-@awaited
-async def test_one_that_a_newer_hive_wrote_is_left_alone() -> None:
-    with short_directory() as home:
-        async with opened(home):
-            pass
-        with sqlite3.connect(home / FILE) as connection:
-            connection.execute("UPDATE alembic_version SET version_num = '9999'")
-        connection.close()
-        with pytest.raises(ConfigInvalid, match="newer hive"):
-            async with opened(home):
-                pass
-
-        assert [path.name for path in home.iterdir()] == [FILE]
-
-
-@awaited
-async def test_where_it_cannot_be_reached_that_is_told() -> None:
-    async with catalogue() as it:
-        await it._engine.dispose()
-        file = Path(str(it._engine.url.database))
-        file.rename(file.with_name("elsewhere"))
-        file.mkdir()
-        with pytest.raises(StoreUnreachable):
-            await it.add_session(session())
-        with pytest.raises(StoreUnreachable):
-            await it.windows(None)
-        file.rmdir()

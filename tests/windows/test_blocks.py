@@ -131,9 +131,14 @@ def test_a_damaged_window_is_thawed_up_to_its_first_gap(
     refused = ada.do("thaw", name, {"require_full": True})
     if at == 0:
         assert told_by(refused) == (500, "STORAGE_CORRUPTED", "CWM-4004")
-    else:
+    elif damage == "gone":
         assert told_by(refused) == (409, "BLOCK_NOT_FOUND", "CWM-2003")
-        assert refused.error["message"].startswith("Some context data is unavailable")
+        text = f"Some context data is unavailable: block {files[at].name}."
+        assert refused.error["message"] == text
+    else:
+        assert told_by(refused) == (500, "STORAGE_CORRUPTED", "CWM-4004")  # R092, C25
+        text = f"Context data failed its integrity check: block {files[at].name}."
+        assert refused.error["message"] == text
     answer = ada.do("thaw", name)
     if at == 0:
         assert told_by(answer) == (500, "STORAGE_CORRUPTED", "CWM-4004")

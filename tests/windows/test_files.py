@@ -20,7 +20,7 @@ from hive.errors import (
     StorageReadFailed,
     StorageWriteFailed,
 )
-from hive.windows.files import MANIFEST, Health
+from hive.windows.files import MANIFEST, Block, Health, full
 from tests.patience import short_directory
 from tests.windows.making import SAID, Home, unheard, window
 
@@ -86,12 +86,41 @@ def test_a_block_that_vanishes_while_it_is_linked_is_told_and_may_come_back(home
     done: list[int] = []
     with pytest.raises(FileNotFoundError):
         home.files.take(part, names, done.append)
-    assert done == [1, 2]
+    assert done == [1, 2, 2, 3]  # the others are tried all the same
     home.store(names)
     blocks = home.files.take(part, names, done.append)
-    assert done == [1, 2, 1, 2, 3, 4]
+    assert done == [1, 2, 2, 3, 1, 2, 3, 4]
     assert {block.size for chunk in blocks for block in chunk} == {home.size}
     assert len(list(part.iterdir())) == 8
+
+
+def test_what_an_attempt_has_taken_stays_taken(home: Home) -> None:
+    """C28: each block has its tries, however many others fail."""
+    one = window()
+    names = home.names(list(range(64)), one.salt)
+    home.store(names[:2] + names[3:])
+    part = home.files.begin(one.id)
+    taken: dict[int, list[Block]] = {}
+    with pytest.raises(FileNotFoundError):
+        home.files.take(part, names, unheard, taken)
+    assert set(taken) == {0, 1, 3}
+    (home.tier / names[0][0]).unlink()  # nobody looks for it again
+    home.store([names[2]])
+    blocks = home.files.take(part, names, unheard, taken)
+    assert [[block.name for block in chunk] for chunk in blocks] == [
+        [f"{at:06d}-{rank}" for rank in range(2)] for at in range(4)
+    ]
+
+
+def test_a_full_disk_is_told_with_what_is_needed_and_what_is_free(home: Home) -> None:
+    about = os.statvfs(home.tier)
+    free = about.f_bavail * about.f_frsize
+    told = full(home.tier, 2 * free)
+    assert told.details["required_disk_mb"] >= 2 * told.details["available_disk_mb"]
+    assert told.public_details["resource_info"]["required_bytes"] == 2 * free
+    assert f"{2 * free:,} bytes are needed and " in told.message
+    assert told.message.endswith(" too little.")
+    assert "too little" not in full(home.tier, 0).message
 
 
 STEPS = ["a folder", "a block", "blocks", "a manifest", "all"]
@@ -165,7 +194,7 @@ def test_a_manifest_that_cannot_be_written_whole_is_no_window(tmp_path: Path) ->
         [sys.executable, "-c", LIMITED, str(tmp_path)], capture_output=True, text=True, check=True
     )
     assert ran.stdout.splitlines() == [
-        "CWM-4001 Context data could not be written: File too large. OSError",
+        "CWM-4001 Failed to save context data: File too large. OSError",
         "[]",
     ]
     assert resource.getrlimit(resource.RLIMIT_FSIZE)[0] != 100
@@ -251,7 +280,7 @@ def test_what_cannot_be_read_is_no_corruption(home: Home) -> None:
     manifest, _ = home.frozen(window())
     home.block(manifest, 0).unlink()
     os.mknod(home.block(manifest, 0), stat.S_IFSOCK | 0o600)  # cannot be opened
-    with pytest.raises(StorageReadFailed, match="A block cannot be read"):
+    with pytest.raises(StorageReadFailed, match="Block 000000-0 cannot be read"):
         home.files.health(manifest, unheard)
     path = home.files.folder(manifest.id) / MANIFEST
     path.unlink()
@@ -427,3 +456,18 @@ def test_nothing_else_stays_in_the_folder_where_one_part_of_a_chunk_was_lost(hom
     inside = {path.name for path in home.files.folder(manifest.id).iterdir()}
     assert inside == {MANIFEST, *(block.name for chunk in manifest.blocks for block in chunk)}
     assert links(home.tier / names[1][0]) == 2
+
+
+def test_a_block_from_elsewhere_is_written_once_and_for_hives_user_alone(home: Home) -> None:
+    """R107: whatever is there already is not written to, be it a link that leads out."""
+    part = home.files.begin(window().id)
+    home.files.put(part, "000000-0", iter([b"one", b"two"]))
+    assert (part / "000000-0").read_bytes() == b"onetwo"
+    assert (part / "000000-0").stat().st_mode & 0o777 == 0o600
+    victim = home.tier / "victim"
+    (part / "000001-0").symlink_to(victim)
+    for name in ("000000-0", "000001-0"):
+        with pytest.raises(StorageWriteFailed):
+            home.files.put(part, name, iter([b"three"]))
+    assert (part / "000000-0").read_bytes() == b"onetwo"
+    assert not victim.exists()

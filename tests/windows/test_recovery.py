@@ -10,7 +10,8 @@ import pytest
 from sqlalchemy import insert
 
 from hive.policy.windows import WindowState
-from hive.storage.catalogue import FILE, Catalogue, Session, Window, opened
+from hive.storage.catalogue import Catalogue, Session, Window, opened
+from hive.storage.sqlite import FILE
 from hive.storage.tables import windows
 from hive.windows.files import MANIFEST
 from hive.windows.recovery import recover

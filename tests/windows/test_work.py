@@ -8,12 +8,16 @@ import pytest
 from hive.errors import OperationTimeout, StorageCorrupted, StorageReadFailed, StorageWriteFailed
 from hive.policy.retries import RETRIES
 from hive.windows.work import (
+    HANGS_S,
     LIMIT_S,
     MOST_S,
+    THREADS,
     Teller,
+    hangs,
     in_thread,
     limit_s,
     limited,
+    nothing_hangs,
     retried,
     unheard,
 )
@@ -105,6 +109,7 @@ async def test_a_threads_progress_is_heard_in_the_loop() -> None:
 
     def work() -> None:
         tell(1)
+        tell(1)  # nothing new, and told to nobody
         tell(2)
 
     await in_thread(work, teller=tell)
@@ -139,3 +144,26 @@ async def test_a_thread_nobody_waits_for_ends_at_its_next_word() -> None:
         await waiting
     assert ended.is_set()
     assert done == []
+
+
+@awaited
+async def test_a_disk_that_hangs_is_left_after_a_while_and_told_when_it_comes_back() -> None:
+    """R107: what undoes its work waits until it is over, its client does not."""
+    go_on = threading.Event()
+    doing = [asyncio.ensure_future(in_thread(go_on.wait, 60)) for _ in range(THREADS)]
+    queued = asyncio.ensure_future(in_thread(go_on.wait, 60))
+    await asyncio.sleep(0)
+    began = asyncio.get_running_loop().time()
+    for one in (*doing, queued):
+        one.cancel()
+    ended = await asyncio.gather(*doing, queued, return_exceptions=True)
+    assert all(isinstance(one, asyncio.CancelledError) for one in ended)
+    assert HANGS_S <= asyncio.get_running_loop().time() - began < HANGS_S + 20
+    assert hangs()
+    back = asyncio.ensure_future(nothing_hangs())
+    await asyncio.sleep(0)
+    assert not back.done()
+    go_on.set()
+    await back
+    assert not hangs()
+    assert await in_thread(lambda: "its turn") == "its turn"

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import stat
 import subprocess
 import sys
@@ -849,6 +850,56 @@ def test_its_directories_are_made_for_hives_user_alone(state: Path) -> None:
     for path in ("kv", f"kv/{TEMPORARY}", "windows"):
         assert mode(state / path) == 0o700, path
         assert not [one for one in (state / path).iterdir() if one.is_file()], path
+
+
+def of_backups(wanted: Settings) -> Finding:
+    findings, _ = check(wanted, Driver())
+    (found,) = [one for one in findings if one.subject == "backups"]
+    return found
+
+
+def test_the_directory_of_backups_is_made_for_hives_user_alone(state: Path, tmp_path: Path) -> None:
+    """What is in it tells conversations."""
+    assert of_backups(beside(state)).error is None
+    assert mode(state / "backups") == 0o700
+    assert of_backups(beside(state, backup_dir=tmp_path / "b")).error is None
+    assert mode(tmp_path / "b") == 0o700
+
+
+@pytest.mark.parametrize(
+    ("what", "wrong"),
+    [
+        ("others may read it", r"others may use .*/b \(mode 0750\)"),
+        ("it is another user's", r"/b belongs to another user \(uid 12345\)"),
+        ("it is a file", r"/b cannot be used: "),
+        ("its disk is not mounted", r"/b cannot be used: No such file or directory"),
+    ],
+)
+def test_a_directory_of_backups_that_protects_nothing_is_refused(
+    state: Path, tmp_path: Path, what: str, wrong: str
+) -> None:
+    """R020, R049: it is named, and left as it is."""
+    place = tmp_path / "b"
+    if what == "it is a file":
+        place.write_bytes(b"")
+    elif what == "its disk is not mounted":
+        place = tmp_path / "disk" / "b"
+    else:
+        place.mkdir(mode=0o700)
+    if what == "others may read it":
+        place.chmod(0o750)
+    if what == "it is another user's":
+        if os.geteuid():
+            pytest.skip("needs root")
+        os.chown(place, 12345, -1)
+    told = of_backups(beside(state, backup_dir=place))
+
+    assert isinstance(told.error, ConfigInvalid)
+    assert told.error.message.startswith("windows.backup_dir: ")
+    assert re.search(wrong, told.error.message), told.error.message
+    assert "chmod 700" in told.error.suggested_action
+    if what == "others may read it":
+        assert mode(place) == 0o750
 
 
 def test_a_check_makes_no_directories_where_hive_never_ran(home: Path) -> None:

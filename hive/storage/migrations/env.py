@@ -1,4 +1,4 @@
-"""Run by Alembic, on the connection that hive/storage/catalogue.py gives it."""
+"""Run by Alembic, on the connection that hive/storage/tables.py gives it."""
 
 from alembic import context
 

@@ -1,0 +1,1 @@
+"""The HTTP API from outside: what `hive …` and `hive mcp` ask the daemon with."""

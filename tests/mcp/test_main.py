@@ -1,0 +1,65 @@
+"""`hive mcp` as a program: where it listens, and what is wrong at its start."""
+
+import os
+import socket
+import subprocess
+import sys
+
+import pytest
+
+from hive.mcp.__main__ import _is_loopback
+from steps.driver import run_hive
+
+
+@pytest.mark.parametrize(
+    ("host", "is_loopback"),
+    [
+        ("127.0.0.1", True),
+        ("127.8.8.8", True),
+        ("::1", True),
+        ("localhost", True),
+        ("0.0.0.0", False),
+        ("::", False),
+        ("10.0.0.1", False),
+        ("example.org", False),
+    ],
+)
+def test_it_listens_for_this_host_alone(host: str, is_loopback: bool) -> None:
+    assert _is_loopback(host) is is_loopback
+
+
+def test_a_port_that_is_taken_is_told() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        ran = run_hive("mcp", "--transport", "http", "--port", str(port), within_s=20)
+    assert ran.code == 70
+    assert f"cannot listen on port {port} of 127.0.0.1" in ran.err
+    assert "--port" in ran.err
+
+
+def test_the_key_is_no_argument_for_others_to_read() -> None:
+    """Its environment is its own user's alone; arguments are everybody's."""
+    with subprocess.Popen(
+        [sys.executable, "-m", "hive", "mcp", "--api-key", "hive_secret_key"],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        env={name: value for name, value in os.environ.items() if name != "HIVE_API_KEY"},
+    ) as process:
+        assert process.stdin is not None
+        assert process.stdout is not None
+        process.stdin.write(
+            b'{"jsonrpc":"2.0","id":1,"method":"initialize","params":{"protocolVersion":"2025-06-18",'
+            b'"capabilities":{},"clientInfo":{"name":"t","version":"1"}}}\n'
+        )
+        process.stdin.flush()
+        assert b"serverInfo" in process.stdout.readline()
+        with open(f"/proc/{process.pid}/cmdline", "rb") as file:
+            arguments = file.read()
+        with open(f"/proc/{process.pid}/environ", "rb") as file:
+            environment = file.read()
+        process.stdin.close()
+        assert process.wait(10) == 0
+    assert b"hive.mcp" in arguments
+    assert b"hive_secret_key" not in arguments
+    assert b"HIVE_API_KEY=hive_secret_key" in environment
