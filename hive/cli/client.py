@@ -8,7 +8,10 @@ from typing import Any
 
 import click
 
-from hive.client.http import asked, opened, persistently, watched
+from hive.client.http import asked, opened, was_not_sent, watched
+from hive.client.repeating import Ask, Tried, repeated
+from hive.errors import HiveError
+from hive.policy.control import command
 
 TIMEOUT_S = 30.0
 PATIENT_S = 330.0  # for what the daemon itself may take 300 s for
@@ -70,18 +73,43 @@ def patient_options(command: Any) -> Any:
     return daemon_options(command, PATIENT_S)
 
 
-def call(method: str, path: str, **daemon: Any) -> Any:
+def call(method: str, path: str, *, timeout_s: float, **daemon: Any) -> Any:
     """One request; the decoded JSON. Raises HiveError as the daemon told it, or DaemonUnreachable."""
-    return asyncio.run(persistently(lambda: asked(method, path, **daemon), _say))
+    return _asked(
+        method, timeout_s, lambda limit_s: asked(method, path, timeout_s=limit_s, **daemon)
+    )
 
 
-def watch(method: str, path: str, told: Callable[[str, int, int], None], **daemon: Any) -> Any:
+def watch(
+    method: str,
+    path: str,
+    told: Callable[[str, int, int], None],
+    *,
+    timeout_s: float,
+    **daemon: Any,
+) -> Any:
     """One request, of whose progress `told` hears phase, done and total; else as `call`."""
-    return asyncio.run(persistently(lambda: watched(method, path, told, **daemon), _say))
+    return _asked(
+        method, timeout_s, lambda limit_s: watched(method, path, told, timeout_s=limit_s, **daemon)
+    )
 
 
-def _say(what: str) -> None:
-    click.echo(f"hive: {what}", err=True)
+def _asked(method: str, timeout_s: float, ask: Ask) -> Any:
+    """What only reads is asked again as the table says; a change only where nobody listened.
+
+    The operator sees each failure, and may break it off (R005).
+    """
+
+    def tell(error: HiveError, tried: Tried) -> None:
+        what = "found no daemon" if was_not_sent(error) else f"failed: {error.message}"
+        click.echo(
+            f"hive: attempt {tried.calls} of {tried.most} {what}; the next one follows in "
+            f"{tried.next_delay_s:g} s",
+            err=True,
+        )
+
+    row = command(timeout_s, changes=method != "GET")
+    return asyncio.run(repeated(row, ask, tell, lambda: 0.0))
 
 
 def follow(

@@ -4,36 +4,23 @@ Data comes back marked: where it is from, how old it is, and whether it is less 
 (C6, C33). Which operation may have what is the table in `policy.control`.
 """
 
-import asyncio
 import logging
 import random
 import time
 from collections import OrderedDict
-from collections.abc import Awaitable, Callable, Hashable, Mapping
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Hashable, Mapping
+from dataclasses import asdict, dataclass
 from typing import Any
 
-from tenacity import AsyncRetrying, RetryCallState, retry_if_exception
-
 from hive.client.http import is_told, was_not_sent
+from hive.client.repeating import Ask, Tried, repeated, tried_of
 from hive.errors import HiveError, OperationTimeout
-from hive.policy.control import (
-    Failure,
-    Operation,
-    classify,
-    delay_s,
-    may_repeat,
-    operation,
-    policy_of,
-)
-from hive.policy.retries import ONCE, RETRIES, RetryPolicy
+from hive.policy.control import Failure, Operation, classify, operation
 
 log = logging.getLogger(__name__)
 
 LIVE, CACHE = "live", "cache"  # C37
 REMEMBERED = 256  # answers
-
-Ask = Callable[[float], Awaitable[Any]]  # hears how many seconds it may take
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,56 +57,9 @@ class Counts:
 
 
 @dataclass(frozen=True, slots=True)
-class Tried:
-    """How often a call was made before it was given up, for whoever is told of it (C1)."""
-
-    calls: int = 1
-    most: int = 1
-    next_delay_s: float | None = None  # that would have come next
-
-
-@dataclass(frozen=True, slots=True)
 class _Remembered:
     data: Any
     at: float
-
-
-@dataclass(slots=True)
-class _Attempts:
-    """One call and its repetitions."""
-
-    row: Operation
-    chance: Callable[[], float]
-    until: float  # on the loop's clock
-    calls: int = 0
-    policy: RetryPolicy = field(default=ONCE)
-    delay_s: float = 0.0
-    has_timed_out: bool = False
-
-    def may_repeat(self, error: BaseException) -> bool:
-        if not isinstance(error, HiveError):
-            return False
-        is_unsent = was_not_sent(error)
-        self.has_timed_out = isinstance(error, OperationTimeout)
-        self.policy = RETRIES["connect"] if is_unsent else policy_of(self.row, error)
-        self.delay_s = delay_s(self.policy, self.calls, error, self.chance())
-        return may_repeat(self.row, error, is_answer=is_unsent or is_told(error))
-
-    @property
-    def are_over(self) -> bool:
-        """C3: what does not fit into the deadline is not begun."""
-        now = asyncio.get_running_loop().time()
-        return not self.policy.allows(self.calls) or now + self.delay_s >= self.until
-
-    @property
-    def limit_s(self) -> float:
-        """Twice as long after a timeout (R217), but no longer than there is time."""
-        limit_s = self.row.limit_s * (2 if self.has_timed_out else 1)
-        return min(limit_s, max(0.001, self.until - asyncio.get_running_loop().time()))
-
-    @property
-    def tried(self) -> Tried:
-        return Tried(self.calls, self.policy.calls, round(self.delay_s, 3))
 
 
 class ControlPlane:
@@ -169,43 +109,25 @@ class ControlPlane:
     # ── inside ──────────────────────────────────────────────────────────────────────────────────
 
     async def _repeated(self, name: str, row: Operation, ask: Ask) -> Any:
-        attempts = _Attempts(row, self._chance, asyncio.get_running_loop().time() + row.deadline_s)
-
-        async def call() -> Any:
-            attempts.calls += 1
-            limit_s = attempts.limit_s
-            try:
-                async with asyncio.timeout(limit_s):
-                    return await ask(limit_s)
-            except TimeoutError as exc:
-                raise OperationTimeout(f"{name} exceeded {limit_s:g}s timeout") from exc  # R210
-
-        def tell(_state: RetryCallState) -> None:
+        def tell(_error: HiveError, tried: Tried) -> None:  # R174
+            most = tried.most - 1
             log.warning(
-                "%s failed, %d/%d after %.3g s",
-                name,
-                attempts.calls,
-                attempts.policy.calls - 1,
-                attempts.delay_s,
+                "%s failed, %d/%d after %.3g s", name, tried.calls, most, tried.next_delay_s
             )
 
         try:
-            return await AsyncRetrying(
-                stop=lambda _state: attempts.are_over,
-                wait=lambda _state: attempts.delay_s,
-                retry=retry_if_exception(attempts.may_repeat),
-                before_sleep=tell,
-                reraise=True,
-            )(call)
+            return await repeated(row, ask, tell, self._chance)
         except HiveError as error:
-            setattr(error, TRIED, attempts.tried)
-            if attempts.calls > 1:
+            tried = tried_of(error)
+            if tried.calls > 1:
                 log.error(  # noqa: TRY400 (whoever is told of it has the rest)
                     "%s given up after %d calls; the next would have come after %.3g s",
                     name,
-                    attempts.calls,
-                    attempts.delay_s,
+                    tried.calls,
+                    tried.next_delay_s,
                 )
+            if isinstance(error, OperationTimeout) and not is_told(error):
+                error.message = f"{name} exceeded {row.limit_s:g}s timeout"  # R210
             raise
 
     async def _stand_in(
@@ -258,15 +180,6 @@ class ControlPlane:
 
     def __repr__(self) -> str:
         return f"<ControlPlane {len(self._remembered)} remembered>"
-
-
-TRIED = "tried"  # an attribute of an error that was given up
-
-
-def tried_of(error: HiveError) -> Tried:
-    """How often it was tried before it was told."""
-    found = getattr(error, TRIED, None)
-    return found if isinstance(found, Tried) else Tried()
 
 
 def _ago(seconds: float) -> str:

@@ -4,14 +4,13 @@ import contextlib
 import json
 import os
 import tomllib
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote, urlencode
 
 from hive.errors import ConfigInvalid, DaemonUnreachable, HiveError, OperationTimeout, by_code
-from hive.policy.retries import RETRIES
 from hive.settings import DEFAULT_FILES, text_of
 
 NO_CONTENT = 204
@@ -96,30 +95,6 @@ def was_not_sent(error: BaseException) -> bool:
 def is_told(error: HiveError) -> bool:
     """The daemon has said it, and not only nobody answered."""
     return "http_status" in error.details
-
-
-async def persistently(ask: Callable[[], Awaitable[Any]], say: Callable[[str], None]) -> Any:
-    """Ask again while nobody listens: the table's row "connect"; each failure is told (C1, R005)."""
-    from tenacity import AsyncRetrying, RetryCallState, retry_if_exception, stop_after_attempt
-
-    policy = RETRIES["connect"]
-
-    def tell(state: RetryCallState) -> None:
-        say(
-            f"attempt {state.attempt_number} of {policy.calls} found no daemon; the next one "
-            f"follows in {state.upcoming_sleep:g} s"
-        )
-
-    async def call() -> Any:  # what is not said to be async, tenacity does not await
-        return await ask()
-
-    return await AsyncRetrying(
-        stop=stop_after_attempt(policy.calls),
-        wait=lambda state: policy.delay_s(state.attempt_number, 0.0),
-        retry=retry_if_exception(was_not_sent),
-        before_sleep=tell,
-        reraise=True,
-    )(call)
 
 
 @asynccontextmanager

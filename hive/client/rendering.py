@@ -4,8 +4,8 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-from hive.client.control import tried_of
 from hive.client.http import is_told
+from hive.client.repeating import tried_of
 from hive.errors import Family, HiveError
 from hive.policy.control import Failure, classify
 from hive.policy.redaction import for_clients

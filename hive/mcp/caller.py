@@ -7,8 +7,9 @@ from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-from hive.client.control import Ask, ControlPlane, Result
+from hive.client.control import ControlPlane, Result
 from hive.client.http import asked, events, is_told, opened, told_error, was_not_sent, watched
+from hive.client.repeating import Ask
 from hive.errors import DaemonUnreachable, HiveError, OperationTimeout
 from hive.policy.control import MOST_POLLS, POLL_S
 

@@ -13,9 +13,10 @@ from mcp.server.lowlevel.server import Server
 from pydantic import ValidationError
 
 from hive import __version__
-from hive.client.control import ControlPlane, Result, tried_of
+from hive.client.control import ControlPlane, Result
 from hive.client.http import place
 from hive.client.rendering import envelope, is_retryable, workflow
+from hive.client.repeating import tried_of
 from hive.errors import DaemonUnreachable, HiveError, InternalError, InvalidParameter
 from hive.mcp.caller import Caller
 from hive.mcp.tools import TOOLS, Arguments, Status, Tool, cache_stats, health_check, window_status

@@ -58,11 +58,18 @@ OPERATIONS: Mapping[str, Operation] = {
 }
 DEFAULT = Operation(30.0, 60.0)  # what has no row (R177)
 
+# The daemon has tried these itself, as often as its table says, before it told of them (R101).
+_TRIED_THERE = ("STORAGE_WRITE_FAILED", "STORAGE_READ_FAILED")
 _ONCE_MORE = ("ENGINE_TIMEOUT", "OPERATION_TIMEOUT")  # R095, R096
 
 
 def operation(name: str) -> Operation:
     return OPERATIONS.get(name, DEFAULT)
+
+
+def command(timeout_s: float, *, changes: bool) -> Operation:
+    """Of a person at a command line, who waits so long and no longer."""
+    return Operation(timeout_s, timeout_s, None if changes else "control.read", changes)
 
 
 def classify(error: HiveError) -> Failure:
@@ -82,6 +89,8 @@ def may_repeat(row: Operation, error: HiveError, *, is_answer: bool) -> bool:
     `is_answer`: the daemon said it, or the call never left. What it has said of a change is true:
     the change is whole or has not happened (R107). Of one whose answer was lost nothing is known.
     """
+    if error.code in _TRIED_THERE:
+        return False
     return classify(error) is Failure.TRANSIENT and (is_answer or not row.changes)
 
 

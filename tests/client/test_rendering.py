@@ -5,8 +5,8 @@ from typing import Any
 
 import pytest
 
-from hive.client.control import TRIED, Tried
 from hive.client.rendering import envelope, is_retryable, workflow
+from hive.client.repeating import TRIED, Tried
 from hive.errors import (
     DaemonUnreachable,
     EngineUnreachable,

@@ -20,7 +20,7 @@ def test_these_are_the_tools_and_each_has_its_row() -> None:
         assert OPERATIONS[name].changes is tool.changes, name
 
 
-@pytest.mark.parametrize("tool", TOOLS.values(), ids=str)
+@pytest.mark.parametrize("tool", TOOLS.values(), ids=list(TOOLS))
 def test_a_tool_says_what_it_does_and_what_each_argument_is(tool: Tool) -> None:
     assert tool.help.endswith((".", ")."))
     schema = tool.takes.model_json_schema()

@@ -1,6 +1,7 @@
 """Backups: whose they are, which one is meant, and that a restore is whole or never was."""
 
 import asyncio
+import contextlib
 import errno
 import os
 import shutil
@@ -364,15 +365,28 @@ async def test_nothing_else_is_done_with_a_window_that_is_backed_up() -> None:
 @awaited
 async def test_a_few_at_once_and_the_others_are_told_when_to_come_back() -> None:
     async with three() as hive:
-        for number in range(MOST_AT_ONCE + 1):
-            await hive.frozen(number)
-        made = [hive.backups.create("ada", f"w{number}") for number in range(MOST_AT_ONCE + 1)]
-        results = await asyncio.gather(*made, return_exceptions=True)
-        refused = [one for one in results if isinstance(one, ConcurrencyLimit)]
-        assert len(refused) == 1
-        assert refused[0].retry_after_s
-        assert len(os.listdir(hive.directory)) == MOST_AT_ONCE
-        await hive.backups.create("ada", f"w{MOST_AT_ONCE}")
+        await hive.frozen()
+        running: set[int] = set()
+
+        def told(*_: object) -> None:
+            running.add(hive.backups._running)
+
+        await hive.backups.create("ada", "w1", told)
+        await hive.backups.restore(ADA, "w1", new_name="w2", told=told)
+        assert running == {1}
+        before = await hive.state()
+        with contextlib.ExitStack() as others:
+            for _ in range(MOST_AT_ONCE):
+                others.enter_context(hive.backups._one_more())
+            for one_more in (
+                hive.backups.create("ada", "w1"),
+                hive.backups.restore(ADA, "w1", new_name="w3"),
+            ):
+                with pytest.raises(ConcurrencyLimit) as caught:
+                    await one_more
+                assert caught.value.retry_after_s
+        assert await hive.state() == before
+        await hive.backups.create("ada", "w1")
 
 
 @awaited
