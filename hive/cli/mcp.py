@@ -17,6 +17,12 @@ def _key(_ctx: click.Context, _param: click.Parameter, value: str | None) -> str
     return value
 
 
+def _url(_ctx: click.Context, _param: click.Parameter, value: str | None) -> str | None:
+    if value and "@" in value:
+        raise click.BadParameter("name no user or password in it; a key goes into HIVE_API_KEY")
+    return value
+
+
 @click.command()
 @click.option(
     "--transport",
@@ -32,6 +38,7 @@ def _key(_ctx: click.Context, _param: click.Parameter, value: str | None) -> str
 @click.option(
     "--url",
     envvar="HIVE_URL",
+    callback=_url,
     help="The daemon's address (or HIVE_URL); default: from the configuration file.",
 )
 @click.option(

@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import math
 import os
 import tomllib
 from collections.abc import AsyncIterator, Callable
@@ -14,6 +15,7 @@ from hive.errors import ConfigInvalid, DaemonUnreachable, HiveError, OperationTi
 from hive.settings import DEFAULT_FILES, text_of
 
 NO_CONTENT = 204
+_PASSING = (429, 502, 503, 504)  # of a proxy before the daemon
 EVENTS = "text/event-stream"
 
 
@@ -117,10 +119,11 @@ async def opened(
     try:
         async with (
             aiohttp.ClientSession(timeout=limit, headers=headers) as session,
-            session.request(method, base + path, **kwargs) as answer,
+            session.request(method, base + path, allow_redirects=False, **kwargs) as answer,
         ):
-            if answer.status >= 400 and answer.status not in accept:  # noqa: PLR2004
-                raise told_error(await answer.read(), answer.status)
+            if answer.status >= 300 and answer.status not in accept:  # noqa: PLR2004
+                after = answer.headers.get("Retry-After")
+                raise told_error(await answer.read(), answer.status, after)
             yield answer
     except TimeoutError as exc:  # before ClientError: aiohttp's timeouts are both
         raise OperationTimeout(
@@ -135,6 +138,8 @@ async def opened(
         raise DaemonUnreachable(f"The hive daemon cannot be reached at {base}.") from exc
     except aiohttp.ClientPayloadError as exc:
         raise _cut_off(base) from exc
+    except (aiohttp.ClientError, ValueError) as exc:  # no HTTP, or no JSON
+        raise not_hives("something") from exc
 
 
 def _cut_off(base: str) -> DaemonUnreachable:
@@ -148,21 +153,38 @@ class _Told(HiveError):
     """An error of a code that this version of hive does not know."""
 
 
-def told_error(text: bytes, status: int) -> HiveError:
-    """The daemon's error, as the class that it was there."""
+def not_hives(what: str) -> HiveError:
+    """An answer of something else that listens there."""
+    return _Told(
+        f"The daemon answered with {what} that is not hive's.",
+        action="Check that --url names a hive daemon.",
+    )
+
+
+def told_error(text: bytes, status: int, retry_after: str | None = None) -> HiveError:
+    """The daemon's error, as the class that it was there; or of what stands before it."""
     try:
         told = json.loads(text)["error"]
         details = dict(told.get("details", {}))
         code, message = str(told["code"]), str(told["message"])
-    except (ValueError, KeyError, TypeError, AttributeError):
-        return _Told(
-            f"The daemon answered with status {status} and something that is not hive's.",
-            action="Check that --url names a hive daemon.",
-        )
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        error = not_hives(f"status {status} and something")
+        error.retryable = status in _PASSING  # type: ignore[misc]
+        error.retry_after_s = _seconds(retry_after)
+        return error
     kind = by_code(code)
     cls = _Told if kind is None or code == "HTTP_ERROR" else kind
     error = cls(message, action=details.get("suggested_action"), param=told.get("param"))
     error.details = details
-    error.retry_after_s = details.get("retry_after_seconds")
-    error.retryable = details.get("retryable", cls.retryable)  # type: ignore[misc]
+    error.retry_after_s = _seconds(details.get("retry_after_seconds"))
+    error.retryable = details.get("retryable", cls.retryable) is True  # type: ignore[misc]
     return error
+
+
+def _seconds(told: object) -> float | None:
+    """As a header or a body says it; what is no number of seconds is nothing."""
+    try:
+        seconds = float(str(told))
+    except ValueError:
+        return None
+    return seconds if 0 <= seconds < math.inf else None

@@ -4,7 +4,7 @@ import json
 from collections.abc import Mapping
 from typing import Any
 
-from hive.client.http import is_told
+from hive.client.http import is_told, was_not_sent
 from hive.client.repeating import tried_of
 from hive.errors import Family, HiveError
 from hive.policy.control import Failure, classify
@@ -29,25 +29,36 @@ _STRATEGIES = {  # R208
 }
 
 
-def envelope(error: HiveError) -> str:
+LOOK_FIRST = "Look first whether it happened (window_list, session_list); then decide."
+
+
+def envelope(error: HiveError, *, changes: bool = False) -> str:
     """The text of an MCP error: `error`, `message` and `retryable`, in this order (R111, R112)."""
     return json.dumps(
         {
             "error": error.number or error.code,
             "message": for_clients(error.message),
-            "retryable": is_retryable(error),
+            "retryable": is_retryable(error, changes=changes),
         },
         ensure_ascii=False,
     )
 
 
-def is_retryable(error: HiveError) -> bool:
-    """Whether the same call may work in a moment."""
-    return classify(error) is Failure.TRANSIENT
+def is_retryable(error: HiveError, *, changes: bool = False) -> bool:
+    """Whether the same call may work in a moment, and do no harm.
+
+    Of a change whose answer was lost nobody knows whether it happened.
+    """
+    is_known = not changes or is_told(error) or was_not_sent(error)
+    return classify(error) is Failure.TRANSIENT and is_known
 
 
 def workflow(
-    error: HiveError, tool: str, cached: Mapping[str, Any] | None = None
+    error: HiveError,
+    tool: str,
+    cached: Mapping[str, Any] | None = None,
+    *,
+    changes: bool = False,
 ) -> dict[str, Any]:
     """All that a workflow needs to go on or to stop (R250, R238).
 
@@ -56,9 +67,11 @@ def workflow(
     tried, failure = tried_of(error), classify(error)
     delay_s = error.retry_after_s if error.retry_after_s is not None else tried.next_delay_s
     is_retried = tried.calls > 1
+    is_unknown = failure is Failure.TRANSIENT and not is_retryable(error, changes=changes)
+    is_asked = is_told(error) or error.family is not Family.VALIDATION
     details: dict[str, Any] = {
         "component": "engine" if error.details.get("worker") else "daemon",
-        "status": "answered" if is_told(error) else "unreachable",
+        "status": "answered" if is_told(error) else "unreachable" if is_asked else "not asked",
         "number": error.number,
         "param": error.param,
     }
@@ -71,14 +84,14 @@ def workflow(
         "severity": str(error.severity),
         "message": for_clients(error.message),
         "details": {name: value for name, value in details.items() if value is not None},
-        "recovery_strategy": _STRATEGIES[failure],
+        "recovery_strategy": "abort" if is_unknown else _STRATEGIES[failure],
         "recovery_details": {
             "retry_attempt": tried.calls - 1,
             "max_retries": tried.most - 1,
             "next_attempt_delay_ms": None if delay_s is None else round(1000 * delay_s),
             "auto_retry": is_retried,
         },
-        "user_action": for_clients(error.suggested_action),
+        "user_action": LOOK_FIRST if is_unknown else for_clients(error.suggested_action),
         "technical_notes": f"{tool}: {failure}, {tried.calls} of at most {tried.most} calls made",
         "workflow": "hive",
         "workflow_phase": tool,

@@ -33,6 +33,7 @@ async def over_stdio(hive: Hive) -> None:
 async def over_http(hive: Hive, host: str, port: int) -> None:
     """Any number of clients on a loopback address. Raises ConfigInvalid for another one."""
     import uvicorn
+    from mcp.server.transport_security import TransportSecuritySettings
 
     if not _is_loopback(host):
         raise ConfigInvalid(
@@ -47,9 +48,16 @@ async def over_http(hive: Hive, host: str, port: int) -> None:
             f"hive mcp cannot listen on port {port} of {host}: {exc.strerror}.",
             action="Stop the program that holds it, or name another with --port.",
         ) from exc
-    app = hive.server().streamable_http_app(streamable_http_path=PATH, host=host)
-    config = uvicorn.Config(app, log_config=None, access_log=False, lifespan="on")
     place = f"[{host}]" if ":" in host else host
+    hosts = sorted({f"{one}:*" for one in (place, "127.0.0.1", "localhost", "[::1]")})
+    # A page in somebody's browser may name any host: for other spellings the library would not look.
+    security = TransportSecuritySettings(
+        allowed_hosts=hosts, allowed_origins=[f"http://{one}" for one in hosts]
+    )
+    app = hive.server().streamable_http_app(
+        streamable_http_path=PATH, host=host, transport_security=security
+    )
+    config = uvicorn.Config(app, log_config=None, access_log=False, lifespan="on")
     log.info("listening on http://%s:%d%s", place, listening.getsockname()[1], PATH)
     with listening:
         await uvicorn.Server(config).serve(sockets=[listening])

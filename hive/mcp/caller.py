@@ -3,6 +3,7 @@
 import asyncio
 import hashlib
 import json
+import logging
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -10,8 +11,10 @@ from typing import Any
 from hive.client.control import ControlPlane, Result
 from hive.client.http import asked, events, is_told, opened, told_error, was_not_sent, watched
 from hive.client.repeating import Ask
-from hive.errors import DaemonUnreachable, HiveError, OperationTimeout
-from hive.policy.control import MOST_POLLS, POLL_S
+from hive.errors import DaemonUnreachable, HiveError, OperationTimeout, WindowNotFound
+from hive.policy.control import MOST_POLLS, POLL_S, Failure, classify
+
+log = logging.getLogger(__name__)
 
 PART_S = 5.0  # of each part of an answer that is put together of several (R262)
 
@@ -89,7 +92,7 @@ class Caller:
         events_of: list[Any] = found.data
         return events_of
 
-    async def parts(self, tool: str, asks: dict[str, Ask]) -> Result:
+    async def parts(self, tool: str, asks: dict[str, Ask], about: str = "") -> Result:
         """Each part of an answer that several requests make; what fails is told, the rest given.
 
         Raises the first part's error where none could be had (C20, R067, R172, R262).
@@ -115,7 +118,7 @@ class Caller:
                 )
             return found
 
-        result = await self.plane.run(tool, gather, self.key("GET", tool))
+        result = await self.plane.run(tool, gather, self.key("GET", f"{tool} {about}"))
         data = {name: what for name, (how, what) in result.data.items() if how == "success"}
         lacking = tuple(
             f"{name} is missing: {what.code if isinstance(what, HiveError) else how}"
@@ -133,17 +136,25 @@ class Caller:
         """
         if is_told(error) or was_not_sent(error):
             raise error
+        log.warning("%s: the answer was lost, its outcome is looked for", name)
         for _ in range(MOST_POLLS):
             await asyncio.sleep(POLL_S)
             try:
                 found = await look()
+            except WindowNotFound as exc:
+                log.warning("%s: it has not happened", name)
+                raise error from exc
             except HiveError as exc:
-                if is_told(exc):
-                    raise error from exc  # the daemon is there, and it has not happened
-                continue
+                if classify(exc) is Failure.UNAUTHORIZED:
+                    break
+                continue  # it may be starting just now, or have no time for whoever asks
             if found is not None:
                 return Result(found, warnings=("The answer was lost; this was found afterwards.",))
-        return Result({"status": "timeout", "task_id": name})
+        log.warning("%s: nothing is known of its outcome", name)
+        return Result(
+            {"status": "timeout", "task_id": name},
+            warnings=("Nothing is known of its outcome: ask window_status later.",),
+        )
 
     def key(self, method: str, path: str) -> tuple[str, ...]:
         """What an answer is remembered by: whose it is and what was asked."""

@@ -124,10 +124,10 @@ class Hive:
             result = await tool.does(caller, _arguments(tool, given))
         except HiveError as error:
             _note(tool.name, given, error)
-            return _failed(tool.name, error, caller)
+            return _failed(tool, error, caller)
         except Exception:
             log.exception("%s met what nobody foresaw", tool.name)
-            return _failed(tool.name, InternalError(), caller)
+            return _failed(tool, InternalError(), caller)
         told = {
             "result": result.data,
             "source": result.source,
@@ -233,7 +233,10 @@ def _found(uri: str) -> tuple[Place, str]:
     """What is read there, and the name in the address. Raises MCPError."""
     if uri in PLACES:
         return PLACES[uri], ""
-    parts = urlsplit(uri)
+    try:
+        parts = urlsplit(uri)
+    except ValueError:
+        parts = urlsplit("")
     name = unquote(parts.path.removeprefix("/"))
     template = f"hive://{parts.netloc}/{{{'id' if parts.netloc == 'sessions' else 'name'}}}"
     if parts.scheme == "hive" and template in TEMPLATES and name.strip("."):
@@ -244,11 +247,11 @@ def _found(uri: str) -> tuple[Place, str]:
     )
 
 
-def _failed(tool: str, error: HiveError, caller: Caller) -> types.CallToolResult:
+def _failed(tool: Tool, error: HiveError, caller: Caller) -> types.CallToolResult:
     """The envelope for agents, and the whole story beside it for workflows (R250)."""
     cached = None
-    if isinstance(error, DaemonUnreachable) and tool == "health_check":
-        last = caller.plane.last(tool, caller.key("GET", place("health")))
+    if isinstance(error, DaemonUnreachable) and tool.name == "health_check":
+        last = caller.plane.last(tool.name, caller.key("GET", place("health")))
         if last is not None:  # R237, R238: how it was, told as such
             data, age_s = last
             cached = {
@@ -258,10 +261,15 @@ def _failed(tool: str, error: HiveError, caller: Caller) -> types.CallToolResult
                 "data": data,
             }
     return types.CallToolResult(
-        content=[types.TextContent(type="text", text=envelope(error))],
-        structured_content=workflow(error, tool, cached),
+        content=[types.TextContent(type="text", text=envelope(error, changes=tool.changes))],
+        structured_content=workflow(error, tool.name, cached, changes=tool.changes),
         is_error=True,
     )
+
+
+def _short(value: Any) -> str | bool:
+    """Of a parameter, for the log: names and flags, and no more than a name may have."""
+    return value if isinstance(value, bool) else value[:128] if isinstance(value, str) else "?"
 
 
 def _note(tool: str, given: dict[str, Any], error: HiveError) -> None:
@@ -276,6 +284,6 @@ def _note(tool: str, given: dict[str, Any], error: HiveError) -> None:
         is_retryable(error),
         tried_of(error).calls,
         error.details.get("request_id"),
-        json.dumps({name: given[name] for name in _LOGGED if name in given}, default=str),
+        json.dumps({name: _short(given[name]) for name in _LOGGED if name in given}),
         exc_info=error if log.isEnabledFor(logging.DEBUG) else None,
     )

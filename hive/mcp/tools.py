@@ -1,5 +1,6 @@
 """The tools: what an agent may ask hive for, each a request or two to the HTTP API."""
 
+import time
 from collections.abc import Awaitable, Callable, Iterable
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
@@ -8,7 +9,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from pydantic import BaseModel, ConfigDict, Field
 
 from hive.client.control import Result
-from hive.client.http import opened, place
+from hive.client.http import not_hives, opened, place
 from hive.errors import (
     DaemonUnreachable,
     HiveError,
@@ -18,7 +19,9 @@ from hive.errors import (
 )
 from hive.mcp.caller import Caller
 from hive.policy.control import OPERATIONS
-from hive.policy.windows import SessionState, WindowState
+from hive.policy.windows import SESSION_ID, WINDOW_NAME, SessionState, WindowState
+
+SKEW_S = 60.0  # between this clock and the daemon's
 
 SessionId = Annotated[str, Field(description="The session's id.")]
 WindowName = Annotated[
@@ -103,6 +106,9 @@ async def window_freeze(caller: Caller, asked: Freeze) -> Result:
     """Freeze a session's context into a window of that name, with proof that every block is kept."""
     _session(asked.session_id)
     name = _window(asked.window_name)
+    look = _outcome(
+        caller, name, asked.owner, lambda found: found.get("session_id") == asked.session_id
+    )
     body = {
         "session_id": asked.session_id,
         "name": name,
@@ -115,7 +121,7 @@ async def window_freeze(caller: Caller, asked: Freeze) -> Result:
             "window_freeze", "POST", place("windows", owner=asked.owner), json=body
         )
     except HiveError as exc:
-        return await caller.settled(exc, name, _outcome(caller, name, asked.owner))
+        return await caller.settled(exc, name, look)
 
 
 async def window_thaw(caller: Caller, asked: Thaw) -> Result:
@@ -140,7 +146,7 @@ async def window_status(caller: Caller, asked: Status) -> Result:
 
     async def from_list(limit_s: float) -> Any:
         found = await listed(limit_s)
-        return next((one for one in found["windows"] if one["name"] == name), None)
+        return next((one for one in _listed(found) if one.get("name") == name), None)
 
     return await caller.plane.run(
         "window_status",
@@ -154,10 +160,16 @@ async def window_clone(caller: Caller, asked: Clone) -> Result:
     """Make another window of the same blocks; it costs no room on disk."""
     name, new = _window(asked.window_name), _window(asked.new_name)
     path = place("windows", name, "clone", owner=asked.owner)
+
+    def is_it(found: Any) -> bool:
+        ancestors: list[str] = found.get("lineage", {}).get("ancestors", [])
+        return ancestors[:1] == [name]
+
+    look = _outcome(caller, new, asked.owner, is_it)
     try:
         return await caller.ask("window_clone", "POST", path, json={"name": new})
     except HiveError as exc:
-        return await caller.settled(exc, new, _outcome(caller, new, asked.owner))
+        return await caller.settled(exc, new, look)
 
 
 async def window_delete(caller: Caller, asked: Status) -> Result:
@@ -197,9 +209,9 @@ async def cache_stats(caller: Caller, asked: Owned) -> Result:
 
     async def windows(limit_s: float) -> Any:
         found = await listed(limit_s)
-        names = ("tokens", "blocks", "bytes")
-        sums = {name: sum(one[name] for one in found["windows"]) for name in names}
-        return {"count": len(found["windows"]), **sums, "has_more": "next_offset" in found}
+        there, names = _listed(found), ("tokens", "blocks", "bytes")
+        sums = {name: sum(int(one.get(name, 0)) for one in there) for name in names}
+        return {"count": len(there), **sums, "has_more": "next_offset" in found}
 
     async def thaws(limit_s: float) -> Any:
         families = await _families(caller, limit_s)
@@ -212,6 +224,7 @@ async def cache_stats(caller: Caller, asked: Owned) -> Result:
             "windows": windows,
             "thaws": thaws,
         },
+        asked.owner or "",
     )
 
 
@@ -303,32 +316,48 @@ TOOLS = {
 
 
 def _window(name: str) -> str:
-    """What no URL carries to the daemon is refused as the daemon would."""
-    if not name.strip("."):
+    """As the daemon would say it; and what no URL carries to it never leaves."""
+    if not WINDOW_NAME.match(name):
         raise InvalidWindowName(param="window_name")
     return name
 
 
 def _session(session_id: str) -> str:
-    if not session_id.strip("."):
+    if not SESSION_ID.match(session_id):
         raise InvalidSessionId(param="session_id")
     return session_id
 
 
-def _outcome(caller: Caller, name: str, owner: str | None) -> Callable[[], Awaitable[Any]]:
-    """A look for a window that is made, or may have been: None while it is."""
-    limit_s = OPERATIONS["window_status"].limit_s
+def _listed(found: Any) -> list[Any]:
+    """The windows of an answer. Raises HiveError where there is no such list in it."""
+    windows = found.get("windows") if isinstance(found, dict) else None
+    if not isinstance(windows, list) or not all(isinstance(one, dict) for one in windows):
+        raise not_hives("something")
+    return windows
+
+
+def _outcome(
+    caller: Caller, name: str, owner: str | None, is_it: Callable[[Any], bool]
+) -> Callable[[], Awaitable[Any]]:
+    """A look for a window that is made, or may have been: None while it is.
+
+    An older one of that name is another one, and the one that was to be made is not there.
+    """
+    limit_s, began = OPERATIONS["window_status"].limit_s, time.time()
     whole = caller.request("GET", place("windows", name, owner=owner))
     begun = caller.request("GET", place("windows", state="FREEZING", limit=1000, owner=owner))
 
     async def look() -> Any:
         try:
-            return await whole(limit_s)
+            found = await whole(limit_s)
         except WindowNotFound:
-            found = await begun(limit_s)
-            if any(one["name"] == name for one in found["windows"]):
+            if any(one.get("name") == name for one in _listed(await begun(limit_s))):
                 return None
             raise
+        is_new = isinstance(found, dict) and found.get("created_at", 0) >= began - SKEW_S
+        if not is_new or not is_it(found):
+            raise WindowNotFound
+        return found
 
     return look
 

@@ -5,6 +5,7 @@ it, so blocks are of use only as far as they form a prefix without a gap (C27). 
 are those of LMCache 0.5.6's file tier (docs/engines.md), where a block is one file.
 """
 
+import re
 import struct
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
@@ -16,6 +17,9 @@ import blake3
 MOST_NAME = 255  # bytes of a file's name; LMCache cannot store a block whose name is longer
 _SEPARATOR = "@"
 _SLASH = "-SEP-"
+
+SESSION_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}\Z")
+WINDOW_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,127}\Z")
 
 
 class SessionState(StrEnum):

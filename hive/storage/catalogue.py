@@ -42,10 +42,11 @@ from hive.storage import postgres, sqlite
 from hive.storage.finishing import to_the_end
 from hive.storage.postgres import PostgreSQL
 from hive.storage.sqlite import SQLite
-from hive.storage.tables import sessions, windows
+from hive.storage.tables import marks, sessions, windows
 from hive.storage.trying import reached, tried
 
 MOST_PAGE = 1000
+GIB = 2**30
 
 _SESSION = {column.name: column for column in sessions.c if column.name != "conversation"}
 _HAS_CONVERSATION = sessions.c.conversation.is_not(None).label("has_conversation")
@@ -121,9 +122,8 @@ class Catalogue:
     """
 
     def __init__(self, store: SQLite | PostgreSQL) -> None:
-        """Its `set_aside` is the broken database that this one replaces; `is_new`: there was none,
-        or a broken one."""
-        self.set_aside, self.is_new = store.set_aside, store.is_new
+        """Its `set_aside` is the broken database that this one replaces."""
+        self.set_aside = store.set_aside
         self._store, self._engine = store, store.connections
         self._writing = asyncio.Lock()  # in turn: a database's own waiters have no order
         self._reading = store.connections.execution_options(isolation_level="AUTOCOMMIT")
@@ -217,7 +217,7 @@ class Catalogue:
         long_ago = unused_since - (time.time() - unused_since)
         useless = or_(
             and_(sessions.c.state == SessionState.EXPIRED, sessions.c.used_at < long_ago),
-            sessions.c.state == SessionState.THAWED,
+            sessions.c.state.in_((SessionState.THAWED, SessionState.DELETED)),
             and_(sessions.c.state == SessionState.FROZEN, sessions.c.window_id.is_(None)),
         )
         changed = update(sessions).where(is_idle, sessions.c.state == SessionState.ACTIVE)
@@ -225,10 +225,15 @@ class Catalogue:
             await connection.execute(delete(sessions).where(is_idle, useless))
             return (await connection.execute(changed.values(state=SessionState.EXPIRED))).rowcount
 
-    async def remove_session(self, session_id: str) -> None:
-        """It is not found any more. Removing it again does nothing."""
+    async def remove_session(self, session_id: str, old: SessionState) -> None:
+        """It is not found any more, if it is still what it was.
+
+        Raises InvalidStateTransition.
+        """
+        gone = delete(sessions).where(sessions.c.id == session_id, sessions.c.state == old)
         async with self._changing() as connection:
-            await connection.execute(delete(sessions).where(sessions.c.id == session_id))
+            if (await connection.execute(gone)).rowcount != 1:
+                raise InvalidStateTransition(f"The session is not {old} any more.")
 
     # ── windows ─────────────────────────────────────────────────────────────────────────────────
 
@@ -254,14 +259,23 @@ class Catalogue:
         except IntegrityError as exc:
             raise WindowAlreadyExists(f"Window name already exists: {window.name}") from exc
 
-    async def commit_window(self, window: Window, *, keep_active: bool = False) -> None:
+    async def commit_window(
+        self, window: Window, *, keep_active: bool = False, most_bytes: int = 0
+    ) -> None:
         """It is frozen, and with it its session, in one step (R106).
 
-        Raises InvalidStateTransition, and nothing has changed, where the session is another one
+        Raises StorageQuotaExceeded where its owner's windows would have more than `most_bytes`, 0
+        is no limit. Raises InvalidStateTransition, and nothing has changed, where the session is another one
         by now.
         """
         values = {**asdict(window), "state": WindowState.FROZEN, "tags": list(window.tags)}
         async with self._changing() as connection:
+            if most_bytes:
+                others = select(func.coalesce(func.sum(windows.c.bytes), 0)).where(
+                    windows.c.owner == window.owner, windows.c.id != window.id
+                )
+                size = int((await connection.execute(others)).scalar_one()) + window.bytes
+                must_fit(size, most_bytes)
             changed = update(windows).where(
                 windows.c.id == window.id, windows.c.state == WindowState.FREEZING
             )
@@ -407,6 +421,18 @@ class Catalogue:
         async with self._changing() as connection:
             await connection.execute(delete(windows).where(windows.c.id == window_id))
 
+    async def has_mark(self, name: str) -> bool:
+        """Whether that was done once; a new database has no marks."""
+        wanted = select(marks.c.name).where(marks.c.name == name)
+        async with self._looking() as connection:
+            return (await connection.execute(wanted)).first() is not None
+
+    async def set_mark(self, name: str) -> None:
+        """It is done. Setting it again does nothing."""
+        async with self._changing() as connection:
+            await connection.execute(delete(marks).where(marks.c.name == name))
+            await connection.execute(insert(marks).values(name=name))
+
     # ── inside ──────────────────────────────────────────────────────────────────────────────────
 
     @asynccontextmanager
@@ -461,6 +487,15 @@ async def opened(directory: Path, url: str = "") -> AsyncIterator[Catalogue]:
     place = postgres.opened(directory, url) if url else sqlite.opened(directory)
     async with place as store:
         yield Catalogue(store)
+
+
+def must_fit(size: int, most: int) -> None:
+    """Bytes of one key's windows, and how many they may have. Raises StorageQuotaExceeded."""
+    if size > most:
+        raise StorageQuotaExceeded(
+            f"Storage quota exceeded: this key's windows would have {size / GIB:.3f} GiB, and may "
+            f"have {most / GIB:g}."
+        )
 
 
 async def _move(

@@ -22,7 +22,7 @@ from typing import Any
 from urllib.parse import parse_qsl, urlencode, urlsplit
 from weakref import WeakSet
 
-from sqlalchemy import ColumnElement, Connection, func, inspect, select, text
+from sqlalchemy import ColumnElement, func, inspect, select, text
 from sqlalchemy.exc import DBAPIError
 from sqlalchemy.ext.asyncio import AsyncConnection, AsyncEngine, create_async_engine
 
@@ -67,9 +67,8 @@ class PostgreSQL:
 
     set_aside: Path | None = None  # PostgreSQL looks after its files itself
 
-    def __init__(self, engine: AsyncEngine, life: str, *, is_new: bool = False) -> None:
-        self.connections, self.is_new = engine, is_new
-        self._life = life
+    def __init__(self, engine: AsyncEngine, life: str) -> None:
+        self.connections, self._life = engine, life
 
     def has_tag(self, tag: str) -> ColumnElement[bool]:
         each = func.json_array_elements_text(windows.c.tags).table_valued("value")
@@ -129,19 +128,18 @@ async def opened(directory: Path, url: str) -> AsyncIterator[PostgreSQL]:
     """
     own, life = await asyncio.to_thread(_own_id, directory), secrets.token_hex(16)
 
-    async def begin() -> bool:
+    async def begin() -> None:
         with reached(PostgreSQL.is_locked):
             async with asyncio.timeout(UPGRADE_S), engine.begin() as connection:
-                is_new = await _taken(connection, own, life, directory)
+                await _taken(connection, own, life, directory)
             async with contextlib.AsyncExitStack() as all_of_them:
                 for _ in range(CONNECTIONS):  # hive's descriptors are the same from here on
                     await all_of_them.enter_async_context(engine.connect())
-        return is_new
 
     async with _engine(url) as engine:
         with _explained(url):
-            is_new = await tried(begin)
-        yield PostgreSQL(engine, life, is_new=is_new)
+            await tried(begin)
+        yield PostgreSQL(engine, life)
 
 
 async def look(directory: Path, url: str) -> str:
@@ -240,8 +238,8 @@ def _reason(why: object) -> str:
     return str(why).rpartition(">: ")[2].strip().rstrip(".")
 
 
-async def _taken(connection: AsyncConnection, own: str, life: str, directory: Path) -> bool:
-    """Make the database this hive's, in one transaction; whether there were no tables before."""
+async def _taken(connection: AsyncConnection, own: str, life: str, directory: Path) -> None:
+    """Make the database this hive's, in one transaction."""
     await connection.execute(text("SELECT pg_advisory_xact_lock(:turn)"), {"turn": _TURN})
     await connection.execute(text(_KEEPER))
     place = f"{socket.gethostname()}:{directory}"
@@ -258,13 +256,7 @@ async def _taken(connection: AsyncConnection, own: str, life: str, directory: Pa
         raise _others(row.place, row.id, directory)
     await connection.execute(text("UPDATE keeper SET life = :life, place = :place"), values)
     await connection.execute(text(f"SET LOCAL statement_timeout = {int(UPGRADE_S * 1000)}"))
-    is_new = not await connection.run_sync(_has_tables)
     await connection.run_sync(upgraded)
-    return is_new
-
-
-def _has_tables(connection: Connection) -> bool:
-    return inspect(connection).has_table(windows.name)
 
 
 def _others(place: str, known: str, directory: Path) -> ConfigInvalid:

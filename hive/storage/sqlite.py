@@ -42,10 +42,8 @@ _PRIMARY = 0xFF  # the rest of a code says more, as SQLITE_BUSY_SNAPSHOT
 class SQLite:
     """What a catalogue in SQLite has of its own."""
 
-    def __init__(
-        self, engine: AsyncEngine, set_aside: Path | None = None, *, is_new: bool = False
-    ) -> None:
-        self.connections, self.set_aside, self.is_new = engine, set_aside, is_new
+    def __init__(self, engine: AsyncEngine, set_aside: Path | None = None) -> None:
+        self.connections, self.set_aside = engine, set_aside
 
     def has_tag(self, tag: str) -> ColumnElement[bool]:
         each = func.json_each(windows.c.tags).table_valued("value")
@@ -93,7 +91,6 @@ async def opened(directory: Path) -> AsyncIterator[SQLite]:
     if broken := await asyncio.to_thread(_what_is_broken, file):
         set_aside = await asyncio.to_thread(_set_aside, file)
         log.error("the catalogue is broken (%s) and was set aside as %s", broken, set_aside.name)
-    is_new = not file.exists()
     os.close(os.open(file, os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600))
     engine = create_async_engine(
         f"sqlite+aiosqlite:///{file}",
@@ -114,7 +111,7 @@ async def opened(directory: Path) -> AsyncIterator[SQLite]:
 
     try:
         await tried(begin)
-        yield SQLite(engine, set_aside, is_new=is_new)
+        yield SQLite(engine, set_aside)
     finally:
         await engine.dispose()
 

@@ -63,6 +63,9 @@ windows = Table(
     Index(None, "parent_id"),
 )
 
+# What was done once and for all, each in a row.
+marks = Table("marks", metadata, Column("name", String(32), primary_key=True))
+
 sessions = Table(
     "sessions",
     metadata,

@@ -42,8 +42,10 @@ def reached(is_locked: Callable[[DBAPIError], bool]) -> Iterator[None]:
     except DBAPIError as exc:
         if is_locked(exc):
             raise Locked(str(exc.orig)) from exc
+        log.error("the catalogue's database failed: %s", exc.orig or exc)  # noqa: TRY400
         raise StoreUnreachable from exc
     except (PoolTimeout, OSError) as exc:  # TimeoutError is one
+        log.error("the catalogue's database does not answer: %r", exc)  # noqa: TRY400
         raise StoreUnreachable from exc
 
 

@@ -476,11 +476,17 @@ def _each(manifest: Manifest) -> Iterator[Block]:
 
 
 def _measured(path: Path, *, is_synced: bool = False) -> Block:
-    """A file's size and checksum; `is_synced`: it is on disk when this returns. Raises OSError."""
+    """A file's size and checksum; `is_synced`: it is on disk when this returns.
+
+    Raises OSError, _NotSynced.
+    """
     # What is no file, or a link to one, is no block; and whoever reads it might never end.
     with open_regular(path, os.O_NOFOLLOW) as file:
         if is_synced:
-            os.fsync(file.fileno())
+            try:
+                os.fsync(file.fileno())
+            except OSError as exc:
+                raise _NotSynced(exc.errno, exc.strerror) from exc
         told = blake3.blake3()
         while part := file.read(2**20):
             told.update(part)
@@ -496,6 +502,10 @@ def _sync(directory: Path) -> None:
         os.close(fd)
 
 
+class _NotSynced(OSError):
+    """What was written is not on disk."""
+
+
 def _saved(path: Path, *names: Path) -> Block:
     """`_measured`, and on disk; `names` are its other ones. What cannot be saved has none any more.
 
@@ -504,12 +514,12 @@ def _saved(path: Path, *names: Path) -> Block:
     """
     try:
         return _measured(path, is_synced=True)
-    except FileNotFoundError:
-        raise
-    except OSError:
-        for name in (path, *names):
-            name.unlink(missing_ok=True)
-        raise
+    except OSError as exc:
+        is_lost = isinstance(exc, _NotSynced) or exc.errno == errno.EIO
+        if is_lost:  # and not only out of reach, for want of a descriptor, say
+            for name in (path, *names):
+                name.unlink(missing_ok=True)
+        raise OSError(exc.errno, exc.strerror) from exc
 
 
 def full(on: Path, needed: int) -> InsufficientDisk:

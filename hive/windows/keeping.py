@@ -8,12 +8,12 @@ from dataclasses import dataclass
 
 from hive.events import Announcer
 from hive.settings import Settings
-from hive.storage.catalogue import opened
+from hive.storage.catalogue import GIB, opened
 from hive.windows.backups import Backups
 from hive.windows.blocks import Blocks
 from hive.windows.engines import Engines
 from hive.windows.files import WindowFiles
-from hive.windows.operations import GIB, Windows
+from hive.windows.operations import Windows
 from hive.windows.recovery import recover
 from hive.windows.sessions import Sessions
 from hive.windows.tier import Tier
@@ -39,8 +39,7 @@ async def keeping(
 ) -> AsyncIterator[Keeping | None]:
     """Open the catalogue, end what an earlier life left half done; None where nothing has windows.
 
-    Raises ConfigInvalid, StoreUnreachable, and StorageReadFailed or OperationTimeout where the disk of
-    backups fails.
+    Raises ConfigInvalid, StoreUnreachable.
     """
     if fleet.site is None:
         yield None

@@ -9,7 +9,6 @@ blocks go back into LMCache's tier, and the engine's own count at the next reque
 import asyncio
 import contextlib
 import logging
-import re
 import secrets
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
@@ -36,9 +35,9 @@ from hive.errors import (
 )
 from hive.events import Announcer, WindowOperationEnded, WindowsCounted
 from hive.policy import conversations
-from hive.policy.windows import SessionState, WindowState
+from hive.policy.windows import WINDOW_NAME, SessionState, WindowState
 from hive.settings import Settings
-from hive.storage.catalogue import Catalogue, Session, Window
+from hive.storage.catalogue import GIB, Catalogue, Session, Window, must_fit
 from hive.storage.finishing import to_the_end
 from hive.windows.blocks import Blocks
 from hive.windows.files import Health, WindowFiles
@@ -57,8 +56,6 @@ from hive.windows.work import (
 
 log = logging.getLogger(__name__)
 
-NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,127}\Z")
-GIB = 2**30
 AGAIN_S = (1.0, 30.0)  # between two tries to remove what cannot be removed, first and longest
 
 
@@ -118,6 +115,7 @@ class Windows:
         self._catalogue, self._files, self._blocks = catalogue, files, blocks
         self._sessions = sessions
         self._announcer = announcer
+        self._most_bytes = int(self._settings.max_gib * GIB)  # of one key
         self._busy: set[str] = set()  # windows that something is done with
         self._removals: set[asyncio.Task[None]] = set()
         self._tasks: asyncio.TaskGroup | None = None
@@ -130,6 +128,7 @@ class Windows:
             try:
                 yield
             finally:
+                self._tasks = None  # what is left to be removed is so at the next start
                 for one in self._removals:
                     one.cancel()
 
@@ -190,8 +189,9 @@ class Windows:
                     await self._catalogue.begin_window(window, self._settings.max_windows)
                     async with limited(LIMIT_S, began) as limit:
                         window = await self._blocks.captured(window, said, limit, told)
-                        await self._must_have_bytes(session.owner, window.bytes)
-                    await self._catalogue.commit_window(window, keep_active=keep_active)
+                    await self._catalogue.commit_window(
+                        window, keep_active=keep_active, most_bytes=self._most_bytes
+                    )
                 except BaseException:
                     await to_the_end(self._undone(window))
                     raise
@@ -211,7 +211,8 @@ class Windows:
         It is tried until it is gone, while `running`, and by the next start after that: its row is
         there as long, and so is its name.
         """
-        assert self._tasks is not None
+        if self._tasks is None:
+            return OperationTimeout("hive is ending: the window is removed at its next start.")
         first: asyncio.Future[HiveError | None] = asyncio.get_running_loop().create_future()
         removing = self._tasks.create_task(
             self._removing(window_id, first), name=f"remove:{window_id}"
@@ -239,8 +240,8 @@ class Windows:
                 await asyncio.sleep(pause_s)
                 pause_s = min(2 * pause_s, AGAIN_S[1])
         finally:
-            if not first.done():
-                first.set_result(error)
+            if not first.done():  # it was broken off: the next start takes it away
+                first.set_result(error or OperationTimeout("hive is ending."))
 
     async def _tried_to_remove(self, window_id: str) -> HiveError | None:
         try:
@@ -271,14 +272,10 @@ class Windows:
         await self._must_have_bytes(owner, 0)
 
     async def _must_have_bytes(self, owner: str, more: int) -> None:
-        """For so many more. Raises StorageQuotaExceeded."""
-        _, size = await self._catalogue.usage(owner)
-        most = int(self._settings.max_gib * GIB)
-        if most and size + more > most:
-            raise StorageQuotaExceeded(
-                f"Storage quota exceeded: this key's windows would have {(size + more) / GIB:.3f} "
-                f"GiB, and may have {self._settings.max_gib:g}."
-            )
+        """For so many more, as it looks now. Raises StorageQuotaExceeded."""
+        if self._most_bytes:
+            _, size = await self._catalogue.usage(owner)
+            must_fit(size + more, self._most_bytes)
 
     # ── thaw ────────────────────────────────────────────────────────────────────────────────────
 
@@ -402,7 +399,7 @@ class Windows:
         try:
             await self._catalogue.begin_window(row, self._settings.max_windows)
             await fill()
-            await self._catalogue.commit_window(row, keep_active=True)
+            await self._catalogue.commit_window(row, keep_active=True, most_bytes=self._most_bytes)
         except BaseException:
             await to_the_end(self._undone(row))
             raise
@@ -419,7 +416,11 @@ class Windows:
             await self.count()
 
     async def _deleted(self, window_id: str) -> None:
-        await self._catalogue.begin_removal(window_id)
+        try:
+            await self._catalogue.begin_removal(window_id)
+        except StoreUnreachable:
+            await self._gone(window_id)  # where it was begun all the same, nobody could again
+            raise
         if error := await self._gone(window_id):
             raise error
 
@@ -534,7 +535,7 @@ class Note:
 
 def checked_name(name: str) -> str:
     """Raises InvalidWindowName."""
-    if not NAME.match(name):
+    if not WINDOW_NAME.match(name):
         raise InvalidWindowName(param="name")
     return name
 

@@ -8,14 +8,14 @@ import asyncio
 import logging
 from pathlib import Path
 
-from hive.errors import HiveError, WindowAlreadyExists
+from hive.errors import HiveError, StorageReadFailed, StoreUnreachable, WindowAlreadyExists
 from hive.policy.windows import WindowState
 from hive.storage.catalogue import Catalogue, Window
 from hive.windows.files import WindowFiles
 
 log = logging.getLogger(__name__)
 
-IMPORTING = ".importing"  # a file that is there until every window was had again
+IMPORTED = "imported"  # a mark of the catalogue: every window was had again that can be
 
 
 async def recover(catalogue: Catalogue, files: WindowFiles) -> list[str]:
@@ -34,18 +34,23 @@ async def recover(catalogue: Catalogue, files: WindowFiles) -> list[str]:
             found.append(f"window {window.name} {what}: removed")
     rows = {window.id: window for window in await _all(catalogue)}
     folders = await asyncio.to_thread(files.folders)
-    is_new = await asyncio.to_thread(_must_import, files, is_new=catalogue.is_new and bool(folders))
+    must_import = not await catalogue.has_mark(IMPORTED)
+    is_whole = True
     for window_id in sorted(folders - set(rows)):
-        if is_new:
-            found.append(await _import(catalogue, files, window_id))
+        if must_import:
+            try:
+                found.append(await _import(catalogue, files, window_id))
+            except StorageReadFailed as exc:  # another time it may be read
+                is_whole = False
+                found.append(f"the folder {window_id} cannot be had again now: {exc.message}")
         else:
             found.append(f"the folder {window_id} belongs to no window: left as it is")
     found += [
         f"window {rows[window_id].name} has lost its folder: it cannot be thawed"
         for window_id in sorted(set(rows) - folders)
     ]
-    if is_new:
-        (files.directory / IMPORTING).unlink(missing_ok=True)
+    if must_import and is_whole:
+        await catalogue.set_mark(IMPORTED)
     for folder in await asyncio.to_thread(_unfinished, files):
         error = await _removed(files, folder.stem)
         what = f"cannot be removed: {error}" if error else "removed"
@@ -60,14 +65,6 @@ async def _removed(files: WindowFiles, window_id: str) -> str:
     except HiveError as exc:
         return exc.message
     return ""
-
-
-def _must_import(files: WindowFiles, *, is_new: bool) -> bool:
-    """Whether windows are to be had again by their manifests, now or since an earlier start."""
-    marker = files.directory / IMPORTING
-    if is_new:
-        marker.touch(mode=0o600)
-    return marker.exists()
 
 
 async def _all(catalogue: Catalogue) -> list[Window]:
@@ -86,11 +83,14 @@ def _unfinished(files: WindowFiles) -> list[Path]:
 
 
 async def _import(catalogue: Catalogue, files: WindowFiles, window_id: str) -> str:
+    """What became of it. Raises StoreUnreachable, StorageReadFailed."""
     try:
         manifest = await asyncio.to_thread(files.manifest, window_id)
         await catalogue.add_window(manifest.window())
     except WindowAlreadyExists:
         return f"the folder {window_id} has a window of a name that is taken: left as it is"
+    except (StoreUnreachable, StorageReadFailed):
+        raise
     except HiveError as exc:
         return f"the folder {window_id} cannot be had again: {exc.message}"
     return f"window {manifest.name} was had again by its manifest"

@@ -7,7 +7,6 @@ engine answers now, whose answer is being written down, and which is being froze
 import asyncio
 import contextlib
 import logging
-import re
 import secrets
 import time
 from collections.abc import AsyncIterator, Iterator
@@ -26,7 +25,7 @@ from hive.errors import (
 from hive.events import Announcer, SessionMoved, ThawProved
 from hive.policy import conversations
 from hive.policy.conversations import Kind
-from hive.policy.windows import SessionState
+from hive.policy.windows import NEXT, SESSION_ID, SessionState
 from hive.settings import Settings
 from hive.storage.catalogue import Catalogue, Session
 
@@ -36,7 +35,6 @@ SALT_BYTES = 16  # 22 characters
 EXPIRE_S = 30.0  # between two looks for idle sessions
 MOST_UNPROVED = 10_000  # thaws whose next request is waited for
 MOST_HEARD = 64 * 2**20  # bytes of an answer; of a longer one nothing is recorded
-ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}\Z")
 _TAKES = (SessionState.ACTIVE, SessionState.THAWED)
 
 
@@ -188,8 +186,10 @@ class Sessions:
         session = await self.find(session_id, owner)
         with self.frozen_still(session_id):
             session = await self._catalogue.session(session_id, owner)
-            await self.move(session, SessionState.DELETED)
-            await self._catalogue.remove_session(session_id)
+            if SessionState.DELETED not in NEXT[session.state]:
+                raise InvalidStateTransition(f"The session is {session.state}.")
+            await self._catalogue.remove_session(session_id, session.state)
+            self.moved(session, SessionState.DELETED)
 
     async def enter(
         self, session_id: str, owner: str | None, model: str, kind: Kind, body: bytes
@@ -371,7 +371,7 @@ class Sessions:
 
 def checked_id(session_id: str) -> str:
     """Raises InvalidSessionId."""
-    if not ID.match(session_id):
+    if not SESSION_ID.match(session_id):
         raise InvalidSessionId(param="session_id")
     return session_id
 

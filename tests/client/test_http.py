@@ -151,3 +151,47 @@ def test_whatever_is_in_a_name_stays_one_part_of_the_path() -> None:
     assert place("windows", "a/b ?#", owner="x y", tag=None) == (
         "/hive/v1/windows/a%2Fb%20%3F%23?owner=x+y"
     )
+
+
+@pytest.mark.parametrize("status", [301, 302, 307, 308])
+@awaited
+async def test_nobody_is_followed_elsewhere(status: int) -> None:
+    """What was asked, and with what, is for this daemon alone."""
+
+    async def leads_away(_request: web.Request) -> web.Response:
+        return web.Response(status=status, headers={"Location": "http://127.0.0.1:1/"})
+
+    async with Served(leads_away) as daemon:
+        with pytest.raises(HiveError, match=f"status {status} and something that is not hive's"):
+            await asked("DELETE", "/x", **daemon)
+
+
+@pytest.mark.parametrize(
+    ("body", "kind"), [(b"<html>", "text/html"), (b"{", "application/json"), (b"", "text/plain")]
+)
+@awaited
+async def test_an_answer_that_is_no_json_is_told_as_such(body: bytes, kind: str) -> None:
+    async def answers(_request: web.Request) -> web.Response:
+        return web.Response(body=body, content_type=kind)
+
+    async with Served(answers) as daemon:
+        with pytest.raises(HiveError, match="something that is not hive's"):
+            await asked("GET", "/x", **daemon)
+
+
+@awaited
+async def test_a_proxys_own_refusal_says_when_to_try_again() -> None:
+    """R162: by the response's header."""
+
+    async def busy(_request: web.Request) -> web.Response:
+        return web.Response(status=503, text="<html>", headers={"Retry-After": "3"})
+
+    async with Served(busy) as daemon:
+        with pytest.raises(HiveError) as caught:
+            await asked("GET", "/x", **daemon)
+    assert (caught.value.retryable, caught.value.retry_after_s) == (True, 3.0)
+
+
+@pytest.mark.parametrize("told", ["soon", "Infinity", "-1", "nan", None])
+def test_what_is_no_number_of_seconds_is_nothing(told: str | None) -> None:
+    assert told_error(b"<html>", 503, told).retry_after_s is None

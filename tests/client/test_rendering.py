@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from hive.client.rendering import envelope, is_retryable, workflow
+from hive.client.rendering import LOOK_FIRST, envelope, is_retryable, workflow
 from hive.client.repeating import TRIED, Tried
 from hive.errors import (
     DaemonUnreachable,
@@ -128,3 +128,19 @@ def test_what_was_known_last_is_told_as_such() -> None:
     cached = {"last_validated": "2 seconds ago", "age_hours": 0.001, "still_valid": False}
     details = workflow(DaemonUnreachable(), "health_check", cached)["details"]
     assert details == {"component": "daemon", "status": "unreachable", "cached_data": cached}
+
+
+def test_a_change_whose_answer_was_lost_is_not_to_be_tried_again() -> None:
+    """Whoever does as told would have a second session, or lose track of the first change."""
+    error = DaemonUnreachable()
+    assert json.loads(envelope(error, changes=False))["retryable"] is True
+    assert json.loads(envelope(error, changes=True))["retryable"] is False
+    told = workflow(error, "window_thaw", changes=True)
+    assert (told["recovery_strategy"], told["user_action"]) == ("abort", LOOK_FIRST)
+    error.details = {"http_status": 502}  # the daemon itself has said so
+    assert json.loads(envelope(error, changes=True))["retryable"] is True
+
+
+def test_what_was_never_asked_is_told_as_such() -> None:
+    assert workflow(InvalidSessionId(), "x")["details"]["status"] == "not asked"
+    assert workflow(DaemonUnreachable(), "x")["details"]["status"] == "unreachable"

@@ -12,7 +12,9 @@ from hive.errors import (
     DaemonUnreachable,
     HiveError,
     KvServerUnreachable,
+    ServiceUnavailable,
     StorageCorrupted,
+    Unauthorized,
     WindowNotFound,
 )
 from hive.mcp import caller as of_caller
@@ -93,7 +95,7 @@ async def test_where_no_part_can_be_had_the_first_error_is_told(caller: Caller) 
 @pytest.mark.usefixtures("_soon")
 async def test_a_change_that_happened_is_found(caller: Caller) -> None:
     """R198: it may still go on, and the daemon may be starting just now."""
-    look = gives(lost(), None, None, {"name": "w"})
+    look = gives(lost(), told(ServiceUnavailable(retry_after_s=1.0)), None, {"name": "w"})
     found = await caller.settled(lost(), "w", look)
     assert (found.data, found.is_degraded) == ({"name": "w"}, True)
     assert "found afterwards" in found.warnings[0]
@@ -123,7 +125,15 @@ async def test_a_change_of_which_nothing_is_known_is_not_lost(
 
     found = await caller.settled(lost(), "w", look)
     assert found.data == {"status": "timeout", "task_id": "w"}
+    assert found.is_degraded
     assert len(polls) == 60
+
+
+@awaited
+@pytest.mark.usefixtures("_soon")
+async def test_who_may_not_look_any_more_is_told_that_nothing_is_known(caller: Caller) -> None:
+    found = await caller.settled(lost(), "w", gives(told(Unauthorized()), AssertionError("again")))
+    assert found.data == {"status": "timeout", "task_id": "w"}
 
 
 @pytest.mark.parametrize("how", ["told", "not sent"])

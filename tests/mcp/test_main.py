@@ -5,10 +5,12 @@ import socket
 import subprocess
 import sys
 
+import httpx2
 import pytest
 
 from hive.mcp.__main__ import _is_loopback
 from steps.driver import run_hive
+from steps.mcp import serving
 
 
 @pytest.mark.parametrize(
@@ -63,3 +65,22 @@ def test_the_key_is_no_argument_for_others_to_read() -> None:
     assert b"hive.mcp" in arguments
     assert b"hive_secret_key" not in arguments
     assert b"HIVE_API_KEY=hive_secret_key" in environment
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "127.0.0.2"])
+def test_a_page_in_somebodys_browser_is_refused(host: str) -> None:
+    """DNS rebinding: it would name a host of its own, or come from one."""
+    body = {"jsonrpc": "2.0", "id": 1, "method": "tools/list"}
+    headers = {"Accept": "application/json, text/event-stream"}
+    with serving(["--host", host, "--port", "0"], dict(os.environ)) as address:
+        for more in ({"Host": "evil.example"}, {"Origin": "http://evil.example"}):
+            answer = httpx2.post(address, json=body, headers=headers | more)
+            assert answer.status_code in (403, 421), answer.text
+        assert httpx2.post(address, json=body, headers=headers).status_code not in (403, 421)
+
+
+def test_a_url_with_a_password_is_refused() -> None:
+    """Arguments are everybody's to read."""
+    ran = run_hive("mcp", "--url", "http://ann:secret@127.0.0.1:1", within_s=20)
+    assert ran.code == 2
+    assert "HIVE_API_KEY" in ran.err

@@ -110,6 +110,26 @@ async def test_a_tool_that_is_not_there_is_no_call() -> None:
 def test_a_resource_has_an_address() -> None:
     assert _found("hive://windows/a%20b")[1] == "a b"
     assert _found("hive://sessions/s1")[0].name == "session"
-    for uri in ("hive://windows/", "hive://windows/..", "hive://x/y", "http://windows/x", ""):
+    for uri in (
+        "hive://[bad",
+        "hive://windows/",
+        "hive://windows/..",
+        "hive://x/y",
+        "http://windows/x",
+        "",
+    ):
         with pytest.raises(MCPError, match="No such resource"):
             _found(uri)
+
+
+@awaited
+async def test_the_log_has_no_more_of_a_parameter_than_a_name(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """R182: nor of what is no name at all."""
+    for name in ("x" * 10**6, {"what": "was said"}):
+        params = types.CallToolRequestParams(name="window_status", arguments={"window_name": name})
+        with caplog.at_level(logging.INFO):
+            assert (await hive().call_tool(context(), params)).is_error
+    assert max(map(len, caplog.messages)) < 1000
+    assert "was said" not in caplog.text

@@ -1,10 +1,17 @@
 """The tools' table: what they take, what they say of themselves, and how metrics are read."""
 
+import time
+from typing import Any
+
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from hive.mcp.tools import TOOLS, Arguments, Tool, _samples
+from hive.client.control import ControlPlane
+from hive.errors import HiveError, WindowNotFound
+from hive.mcp.caller import Caller
+from hive.mcp.tools import TOOLS, Arguments, Tool, _outcome, _samples
 from hive.policy.control import OPERATIONS
+from tests.patience import awaited
 
 WANTED = {
     *("window_freeze", "window_thaw", "window_list", "window_status", "window_clone"),
@@ -18,6 +25,67 @@ def test_these_are_the_tools_and_each_has_its_row() -> None:
     assert set(TOOLS) == WANTED == set(OPERATIONS)
     for name, tool in TOOLS.items():
         assert OPERATIONS[name].changes is tool.changes, name
+
+
+class Answering(Caller):
+    """Whose requests are answered from a table."""
+
+    def request(self, method: str, path: str, **_more: Any) -> Any:  # noqa: ARG002
+        async def ask(_limit_s: float) -> Any:
+            answer = ANSWERS[path.partition("?")[0]]
+            if isinstance(answer, Exception):
+                raise answer
+            return answer
+
+        return ask
+
+
+ANSWERS: dict[str, Any] = {}
+
+
+async def unheard(_phase: str, _done: int, _total: int) -> None:
+    """Nobody listens."""
+
+
+@pytest.mark.parametrize(
+    ("found", "is_it"),
+    [
+        ({"session_id": "new", "created_at": 1.0}, True),
+        ({"session_id": "old", "created_at": 1.0}, False),
+        ({"session_id": "new", "created_at": -3600.0}, False),
+        ({}, False),
+        (None, False),
+    ],
+)
+@awaited
+async def test_an_older_window_of_that_name_is_not_the_one_that_was_asked_for(
+    found: Any, is_it: bool
+) -> None:
+    """Its time is seconds from now."""
+    caller = Answering(ControlPlane(), None, None, unheard)
+    if found:
+        found = {**found, "created_at": time.time() + found["created_at"]}
+    ANSWERS["/hive/v1/windows/w"] = found
+    look = _outcome(caller, "w", None, lambda one: one.get("session_id") == "new")
+    if is_it:
+        assert await look() == found
+    else:
+        with pytest.raises(WindowNotFound):
+            await look()
+
+
+@awaited
+async def test_what_is_no_list_of_windows_is_not_taken_for_one() -> None:
+    caller = Answering(ControlPlane(), None, None, unheard)
+    ANSWERS["/hive/v1/windows/w"] = WindowNotFound()
+    look = _outcome(caller, "w", None, bool)
+    unlike: tuple[Any, ...] = ({}, [], {"windows": 1}, {"windows": [1]})
+    for answer in unlike:
+        ANSWERS["/hive/v1/windows"] = answer
+        with pytest.raises(HiveError, match="not hive's"):
+            await look()
+    ANSWERS["/hive/v1/windows"] = {"windows": [{"name": "w"}]}
+    assert await look() is None
 
 
 @pytest.mark.parametrize("tool", TOOLS.values(), ids=list(TOOLS))

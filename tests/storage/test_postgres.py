@@ -74,11 +74,12 @@ async def told(url: str, sql: str) -> list[Any]:
 
 
 @awaited
-async def test_it_is_new_once(url: str, home: Path) -> None:
-    """Then windows are had again by their manifests."""
-    for is_new in (True, False):
+async def test_a_mark_is_kept(url: str, home: Path) -> None:
+    """Without the one of an import, windows are had again by their manifests."""
+    for is_marked in (False, True):
         async with opened(home, url) as it:
-            assert it.is_new is is_new
+            assert await it.has_mark("imported") is is_marked
+            await it.set_mark("imported")
             assert it.set_aside is None
     assert [path.name for path in home.iterdir()] == [FILE]
     assert (home / FILE).stat().st_mode & 0o777 == 0o600
@@ -112,8 +113,8 @@ async def test_of_two_hives_that_start_at_once_one_gets_it(url: str) -> None:
 
         async def begin(place: Path) -> bool:
             try:
-                async with opened(place, url) as it:
-                    return it.is_new
+                async with opened(place, url):
+                    return True
             except ConfigInvalid:
                 return False
 
@@ -297,7 +298,7 @@ async def test_a_hung_server_is_not_waited_for_longer_than_that(
         with fragile.hung():
             pass
     async with opened(home, fragile.url("hive")) as it:
-        await it.remove_session("s0")
+        await it.remove_session("s0", SessionState.ACTIVE)
         fragile.hang()
     fragile.go_on()
     assert time.monotonic() - began < LIMIT_S + SLACK_S  # the end does not wait for it either

@@ -64,7 +64,6 @@ async def test_what_an_older_hive_has_written_is_kept(url: str) -> None:
                 " 'ada', 'w', 'FROZEN', 'old', 'm', 's', 3.0, 16, 1, 4096, '', '[\"a\"]', '{}', '{}')"
             )
         async with opened(home, url) as it:
-            assert not it.is_new
             assert await it.conversation("old", "ada") is None
             assert await it.conversation("new", "ada") == json.loads(said)
             kept = {one.id: one.has_conversation for one in await it.sessions("ada")}

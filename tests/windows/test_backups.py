@@ -35,13 +35,13 @@ from hive.errors import (
 from hive.events import Announcer, Event, WindowOperationEnded
 from hive.policy.windows import WindowState
 from hive.settings import Settings
-from hive.storage.catalogue import Catalogue, Window, opened
+from hive.storage.catalogue import GIB, Catalogue, Window, opened
 from hive.windows import archives
 from hive.windows.archives import Found
 from hive.windows.backups import MOST_AT_ONCE, THREADS, Asker, Backups
 from hive.windows.blocks import Blocks
 from hive.windows.engines import Engines
-from hive.windows.operations import GIB, Windows
+from hive.windows.operations import Windows
 from hive.windows.sessions import Sessions
 from hive.windows.tier import Tier
 from hive.workers.fleet import Fleet

@@ -14,7 +14,7 @@ from hive.storage.catalogue import Catalogue, Session, Window, opened
 from hive.storage.sqlite import FILE
 from hive.storage.tables import windows
 from hive.windows.files import MANIFEST
-from hive.windows.recovery import recover
+from hive.windows.recovery import IMPORTED, recover
 from tests.patience import awaited, short_directory
 from tests.windows.making import Home, unheard, window
 
@@ -92,7 +92,7 @@ async def test_a_freeze_or_a_deletion_that_was_cut_off_is_whole_or_gone(step: st
 async def test_a_folder_of_nobody_is_left_as_it_is() -> None:
     """It may be somebody's: a catalogue from a backup does not know it."""
     async with begun() as (catalogue, home):
-        catalogue.is_new = False
+        await catalogue.set_mark(IMPORTED)
         await frozen(catalogue, home, window(9))
         home.frozen(window())
         for _ in range(2):
@@ -104,9 +104,47 @@ async def test_a_folder_of_nobody_is_left_as_it_is() -> None:
 
 
 @awaited
+async def test_a_start_that_fails_between_the_catalogue_and_its_windows_loses_none() -> None:
+    """Only the last step of a recovery says that it was done."""
+    with short_directory() as directory:
+        async with opened(directory):
+            pass  # made, and hive was killed then
+        home = Home(directory)
+        home.frozen(window())
+        async with opened(directory) as catalogue:
+            assert await recover(catalogue, home.files) == [
+                "window w0 was had again by its manifest"
+            ]
+            assert [one.id for one in await known(catalogue)] == [window().id]
+        async with opened(directory) as catalogue:
+            assert await catalogue.has_mark(IMPORTED)
+
+
+@awaited
+async def test_what_could_not_be_read_is_had_again_at_a_later_start() -> None:
+    """The disk may give it another time; the others are there at once."""
+    with short_directory() as directory:
+        home = Home(directory)
+        for number in range(3):
+            home.frozen(window(number))
+        manifest = home.files.folder(window(1).id) / MANIFEST
+        manifest.rename(manifest.with_name("kept"))
+        manifest.mkdir()  # it cannot be read as long as it is one
+        async with opened(directory) as catalogue:
+            told = await recover(catalogue, home.files)
+            assert any("cannot be had again now" in line for line in told)
+            assert [one.name for one in await known(catalogue)] == ["w2", "w0"]
+        manifest.rmdir()
+        manifest.with_name("kept").rename(manifest)
+        async with opened(directory) as catalogue:
+            assert "window w1 was had again by its manifest" in await recover(catalogue, home.files)
+            assert len(await known(catalogue)) == 3
+
+
+@awaited
 async def test_where_there_are_sessions_the_catalogue_was_not_lost() -> None:
     async with begun() as (catalogue, home):
-        catalogue.is_new = False
+        await catalogue.set_mark(IMPORTED)
         await catalogue.add_session(Session("s", "ada", "m", "salt", 1.0, 1.0))
         home.frozen(window())
         assert "belongs to no window" in (await recover(catalogue, home.files))[0]

@@ -328,7 +328,7 @@ async def test_a_session_that_was_deleted_meanwhile_remembers_nothing() -> None:
     async with kept() as it:
         one = await it.session()
         await it.talk(one, answer())
-        await it.catalogue.remove_session(one.id)
+        await it.catalogue.remove_session(one.id, SessionState.ACTIVE)
         await it.sessions.recorded(one.id)
         with pytest.raises(SessionNotFound):
             await it.sessions.find(one.id, None)

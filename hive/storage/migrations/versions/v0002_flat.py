@@ -1,4 +1,4 @@
-"""A window's conversation is in its manifest alone; every question has an index."""
+"""A window's conversation is in its manifest alone; each question has an index; marks."""
 
 import sqlalchemy as sa
 from alembic import op
@@ -31,9 +31,15 @@ def upgrade() -> None:
     for table, indices in NEW.items():
         for columns in indices:
             op.create_index(_name(table, columns), table, columns)
+    op.create_table(
+        "marks",
+        sa.Column("name", sa.String(32), nullable=False),
+        sa.PrimaryKeyConstraint("name", name="pk_marks"),
+    )
 
 
 def downgrade() -> None:
+    op.drop_table("marks")
     for table, indices in NEW.items():
         for columns in indices:
             op.drop_index(_name(table, columns), table)
