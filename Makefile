@@ -64,7 +64,7 @@ test-tools:
 MILLION := tests/gateway/test_relay.py::test_two_hundred_streams_at_once_get_every_token_once_and_in_order
 soak: model
 	$(BIN)/python -m pytest steps/test_kills.py steps/test_soak.py steps/test_overload.py \
-	  steps/test_permits.py $(MILLION) steps/test_real_kills.py \
+	  steps/test_permits.py $(MILLION) steps/test_engine_kills.py \
 	  --soak -s --session-timeout=3600
 
 # What only a GPU can show; HIVE_GPU_PYTHON names a Python with torch for CUDA (docs/gpu.md).

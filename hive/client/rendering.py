@@ -77,6 +77,12 @@ def workflow(
     }
     if cached is not None:
         details["cached_data"] = dict(cached)
+    if details["status"] == "unreachable":
+        details["retry_options"] = {  # by its name: no URL leaves (C26)
+            "auto_retry": is_retried,
+            "next_attempt": None if delay_s is None else round(delay_s, 3),
+            "manual_retry": tool,
+        }
     return {
         "error": True,
         "error_code": error.code,

@@ -127,7 +127,16 @@ def test_what_was_known_last_is_told_as_such() -> None:
     """R238"""
     cached = {"last_validated": "2 seconds ago", "age_hours": 0.001, "still_valid": False}
     details = workflow(DaemonUnreachable(), "health_check", cached)["details"]
-    assert details == {"component": "daemon", "status": "unreachable", "cached_data": cached}
+    assert details == {
+        "component": "daemon",
+        "status": "unreachable",
+        "cached_data": cached,
+        "retry_options": {
+            "auto_retry": False,
+            "next_attempt": None,
+            "manual_retry": "health_check",
+        },
+    }
 
 
 def test_a_change_whose_answer_was_lost_is_not_to_be_tried_again() -> None:

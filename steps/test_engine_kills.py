@@ -170,7 +170,7 @@ class Start:
         must(lambda: all(name in hive.records for name in mapped), 5, "the guard's record")
         record = json.loads(hive.records)
         (home,) = (hive.runtime / "w").iterdir()
-        # Semaphores of vLLM that nobody maps: this engine is the only one that makes any here.
+        # Semaphores of vLLM that nobody maps: no other real engine runs yet (the name of this file).
         nameless = {name for name in os.listdir(guard.SHM) if name.startswith("sem.mp-")}
         return cls(
             number=worker["starts"],
