@@ -118,7 +118,13 @@ def _conversation(told: Remembered, who: str) -> None:
     told.session, messages = _answered(told.hive, who)
     said = {"role": "assistant", "content": messages[-1]["content"]}
     # Under another salt, so that nothing of this is in the cache of her session.
-    answer = _talk(told.hive, who, None, [*SAY, said, GO_ON], cache_salt=f"for-comparison-{time.monotonic_ns()}")
+    answer = _talk(
+        told.hive,
+        who,
+        None,
+        [*SAY, said, GO_ON],
+        cache_salt=f"for-comparison-{time.monotonic_ns()}",
+    )
     assert answer.status == 200, answer.body
     assert _cached(answer) == 0
     told.expected = _tokens(answer)
