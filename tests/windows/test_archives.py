@@ -394,7 +394,7 @@ def damaged(draw: st.DrawFn, whole: bytes) -> bytes:
 
 
 @settings(
-    max_examples=1000, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+    max_examples=200, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
 @given(data=st.data())
 def test_whatever_happens_to_a_file_never_becomes_a_window(

@@ -527,7 +527,7 @@ def life() -> Iterator[Life]:
     it.close()
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(data=st.data())
 def test_whatever_happens_to_a_backup_is_never_a_window(life: Life, data: st.DataObject) -> None:
     """R092, R104, R107: no row, no folder, no file; and its owner is told."""
