@@ -14,7 +14,7 @@ import pytest
 from pytest_bdd import given, parsers, then, when
 
 from hive.workers import guard
-from steps import leaks
+from steps import leaks, real
 from steps.driver import Hive
 from steps.waiting import must
 
@@ -109,7 +109,7 @@ def _kill(served: Hive, victim: str, killed_at: list[float]) -> OldEngine:
     processes = served.tree()
     (home,) = (served.runtime / "w").iterdir()
     shm = {name for p in processes for name in leaks.shm_of(p.pid)}
-    shm |= {name for name in os.listdir(guard.SHM) if name.startswith("sem.mp-")}
+    shm |= real.semaphores()
     core = next(p.pid for p in processes if p.name.startswith("VLLM::EngineCor"))
     pid = {"API server": worker["pid"], "EngineCore": core, "guard": worker["guard_pid"]}[victim]
     killed_at.append(time.monotonic())

@@ -19,7 +19,7 @@ import pytest
 
 from hive.workers import guard
 from hive.workers.vllm import VITAL
-from steps import leaks
+from steps import leaks, real
 from steps.driver import Hive, Stream
 from steps.real import START_S
 from steps.waiting import must, until
@@ -170,8 +170,8 @@ class Start:
         must(lambda: all(name in hive.records for name in mapped), 5, "the guard's record")
         record = json.loads(hive.records)
         (home,) = (hive.runtime / "w").iterdir()
-        # Semaphores of vLLM that nobody maps: no other real engine runs yet (the name of this file).
-        nameless = {name for name in os.listdir(guard.SHM) if name.startswith("sem.mp-")}
+        # No other real engine runs yet, so these are its own (the name of this file).
+        nameless = real.semaphores()
         return cls(
             number=worker["starts"],
             mark=record["mark"],
