@@ -95,6 +95,8 @@ OWN_OPTIONS = {
     "--served-model-name",
     "--uds",
     "--disable-uvicorn-access-log",
+    "--enable-log-requests",
+    "--max-log-len",
     "--tensor-parallel-size",
     "--kv-cache-memory-bytes",
     "--gpu-memory-utilization",

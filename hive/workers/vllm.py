@@ -139,6 +139,11 @@ class VllmEngine:
             "--uds",
             str(place.socket),
             "--disable-uvicorn-access-log",
+            # A line a request with its id, which is hive's: an engine's trouble is found by it. Of
+            # prompts it would tell only at its debug level, and not even then more than nothing.
+            "--enable-log-requests",
+            "--max-log-len",
+            "0",
         ]
         extra = {
             "VLLM_NO_USAGE_STATS": "1",

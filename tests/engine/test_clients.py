@@ -61,6 +61,20 @@ def test_a_chat_is_answered(client: openai.OpenAI) -> None:
     assert answer.usage.completion_tokens == 8
 
 
+def test_a_request_is_found_in_the_engines_log_by_its_id_and_not_by_its_words(
+    real_hive: Hive,
+) -> None:
+    body = {"model": "m", "prompt": "the quick brown secret", "max_tokens": 2}
+    headers = {"X-Request-Id": "night-call.7"}
+    assert real_hive.ask("POST", "/v1/completions", body, headers).status == 200
+
+    def logged() -> str:
+        return real_hive.ask("GET", "/hive/v1/workers/m-0/logs?lines=500").body.decode()
+
+    must(lambda: "Received request cmpl-night-call.7" in logged(), 10, logged)
+    assert "quick brown" not in logged()
+
+
 def test_a_completion_is_answered(client: openai.OpenAI) -> None:
     answer = client.completions.create(
         model="m", prompt="once", max_tokens=8, temperature=0, extra_body={"ignore_eos": True}

@@ -73,6 +73,9 @@ def test_vllm_serves_the_model_by_its_name_on_the_workers_socket() -> None:
         "--uds",
         "/run/hive/w/1/s",
         "--disable-uvicorn-access-log",
+        "--enable-log-requests",
+        "--max-log-len",
+        "0",
         "--kv-cache-memory-bytes",
         str(2**30),
     ]
