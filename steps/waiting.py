@@ -5,18 +5,21 @@ import time
 from collections.abc import Callable
 
 LOOK_S = 0.01
+LATER_S = 0.1  # what has not happened within seconds is waited for without slowing it down
+PATIENT_AFTER_S = 3.0
 
 
 def until(is_so: Callable[[], object], seconds: float) -> bool:
     """Whether `is_so()` became true within `seconds`."""
-    deadline = time.monotonic() + seconds
+    began = time.monotonic()
     pause = threading.Event()
     while True:
         if is_so():
             return True
-        if time.monotonic() > deadline:
+        waited = time.monotonic() - began
+        if waited > seconds:
             return False
-        pause.wait(LOOK_S)
+        pause.wait(LOOK_S if waited < PATIENT_AFTER_S else LATER_S)
 
 
 def must(is_so: Callable[[], object], seconds: float, what: str | Callable[[], str]) -> None:

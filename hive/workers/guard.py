@@ -632,10 +632,15 @@ class Guard:
         """Notice the end of members that the engine cannot live without, by name (`vital`).
 
         vLLM's API server lives on for seconds after its core died; an exit alone would tell late.
+        A child has its parent's name until it becomes itself: a program that a busy core starts is
+        no core, and its end is no loss.
         """
         vital = tuple(self.launch["vital"])
+        names = {process.pid: process.name for process in members}
         for process in members:
             if not process.name.startswith(vital) or process.pid in self.watched:
+                continue
+            if names.get(process.ppid) == process.name:
                 continue
             with contextlib.suppress(OSError):
                 fd = os.pidfd_open(process.pid)

@@ -291,6 +291,29 @@ async def test_the_end_of_a_vital_member_is_the_engines_end(home: Path) -> None:
         assert guard.look_at(tree.pid) is not None
 
 
+@awaited
+async def test_a_child_that_is_called_like_its_vital_parent_is_not_vital(home: Path) -> None:
+    """It has yet to become the program that the core starts; on a busy host that takes a while."""
+    place = place_in(home)
+    code = f"""
+if not os.fork():
+    open("/proc/self/comm", "w").write("core 7")
+    os.fork()
+{QUIET}
+"""
+    async with running(launch(place, code, vital=("core",)), place, ups=3) as tree:
+        core = await named(tree.guard_pid, "core 7")
+        await until(lambda: guard.descendants(core.pid), "its child")
+        (child,) = guard.descendants(core.pid)
+        assert child.name == core.name
+        await members(place, 3)  # the guard has looked at all of them
+        os.kill(child.pid, signal.SIGKILL)
+        await until(lambda: (now := guard.look_at(child.pid)) and now.state == "Z", "its end")
+        os.kill(core.pid, signal.SIGKILL)
+
+        assert str(await tree.exited) == f"its process core 7 (pid {core.pid}) ended"
+
+
 def _watches(guard_pid: int, pid: int) -> bool:
     """Whether the guard holds a pidfd of a process."""
     for fd in os.listdir(f"/proc/{guard_pid}/fdinfo"):
