@@ -57,14 +57,14 @@ bench-tools:
 # What tests start beside hive, from Debian's packages; needs root. Without it they are skipped, and
 # say so. The package's own server is not needed: each test process makes one and ends it.
 test-tools:
-	apt-get install --yes --no-install-recommends postgresql
+	apt-get install --yes --no-install-recommends postgresql prometheus prometheus-alertmanager
 
 # Many times over what `make test` does once, on doubles and on the real vLLM: half an hour, an hour
 # at most. Each test prints its seed, and says in its file how to repeat it or let it run longer.
 MILLION := tests/gateway/test_relay.py::test_two_hundred_streams_at_once_get_every_token_once_and_in_order
 soak: model
 	$(BIN)/python -m pytest steps/test_kills.py steps/test_soak.py steps/test_overload.py \
-	  steps/test_permits.py $(MILLION) steps/test_engine_kills.py \
+	  steps/test_permits.py steps/test_fuzz.py steps/test_openapi.py $(MILLION) steps/test_engine_kills.py \
 	  --soak -s --session-timeout=3600
 
 # What only a GPU can show; HIVE_GPU_PYTHON names a Python with torch for CUDA (docs/gpu.md).

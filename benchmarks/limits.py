@@ -1,8 +1,9 @@
-"""Refusals, cancellations and timeouts: how soon a client knows, and how soon a slot is free.
+"""Refusals, cancellations, timeouts and scrapes: how soon a client knows, and a slot is free.
 
-A refusal is compared with /livez, hive's smallest answer, on the same connection settings. From a
-client's leaving to a free slot is compared with when the engine itself, asked on its own control
-socket, no longer runs the request. A timeout's overshoot is what the client waits beyond the limit.
+A refusal, and a scrape, for which each engine is asked for its own metrics, are compared with
+/livez, hive's smallest answer, on the same connection settings. From a client's leaving to a free
+slot is compared with when the engine itself, asked on its own control socket, no longer runs the
+request. A timeout's overshoot is what the client waits beyond the limit.
 """
 
 import statistics
@@ -80,6 +81,8 @@ def main() -> None:
         holder.wait_for_events(2)
         floor = timed(lambda: hive.ask("GET", "/livez"), 200)
         show("/livez", floor)
+        scraped = timed(lambda: hive.ask("GET", "/metrics"), 200)
+        show("/metrics, with three engines' own", scraped, floor)
         show("a refusal", timed(lambda: hive.ask("POST", CHAT, chat_body("full")), 503), floor)
         holder.leave()
         ended, freed = cancelled(hive)

@@ -183,9 +183,10 @@ async def at_size(catalogue: Catalogue, count: int, filled: int) -> dict[str, fl
         await catalogue.remove_window(new.id)
 
     return {
-        "find": await timed(lambda: catalogue.window(f"window-{count // 2}", None)),
+        "find": await timed(lambda: catalogue.named(f"window-{count // 2}", None)),
         "page of 100": await timed(lambda: catalogue.windows("key3", most=100)),
         "usage": await timed(lambda: catalogue.usage("key3")),
+        "counts": await timed(catalogue.counts),
         "add + remove": await timed(add_and_remove),
     }
 

@@ -24,12 +24,20 @@ from hive.devices.nvml import Driver
 from hive.devices.watch import Devices
 from hive.errors import Family, HiveError, every_error
 from hive.events import Announcer
+from hive.gateway import openapi
 from hive.gateway.app import Gateway
-from hive.gateway.auth import needed_scope
-from hive.settings import FIXED, Settings
+from hive.gateway.audit import AuditApi
+from hive.gateway.reload import ReloadApi
+from hive.policy.escalation import CODES, FAMILIES, RULES, Alerting
+from hive.policy.reloading import is_one_of
+from hive.settings import FIXED, RELOADABLE, Settings
 from hive.storage.catalogue import Catalogue
+from hive.storage.leaving import Leaving
 from hive.storage.sqlite import SQLite
+from hive.telemetry import engines
+from hive.telemetry.alerts import Alerts
 from hive.telemetry.metrics import Metrics
+from hive.telemetry.outbox import alert_name
 from hive.windows.backups import Backups
 from hive.windows.blocks import Blocks
 from hive.windows.engines import Engines
@@ -73,7 +81,7 @@ def first_line(document: str | None) -> str:
 
 # Codes that are never an HTTP answer.
 ELSEWHERE = {
-    "CONFIG_INVALID": "start-up",
+    "CONFIG_INVALID": "start-up; 422 for a reload",
     "ADDRESS_IN_USE": "start-up",
     "DAEMON_UNREACHABLE": "command line",
 }
@@ -141,6 +149,8 @@ def _codes_with(number: int) -> str:
 
 UNITS = {"s": "seconds", "mib": "MiB", "gib": "GiB", "tokens": "tokens", "bytes": "bytes"}
 TITLES = {"auth": "[[auth.keys]]", "models": "[models.NAME]"}
+# Where their keys are.
+PLACES = {"auth": ("auth", "keys", "NAME"), "models": ("models", "NAME")}
 # Keys that take more than their type says.
 TYPES = {
     "device": "string, or a list of strings",
@@ -150,6 +160,16 @@ CONFIGURATION = """
 TOML, from `--config FILE`, else `./hive.toml`, else `/etc/hive/hive.toml`. Flags win over the
 environment, the environment over the file, key by key. An unknown key is refused with the nearest
 known one. `hive check` tries all of it without serving and reports every problem at once.
+
+`hive reload`, `POST /hive/v1/reload` and SIGHUP read all of it again while hive runs, from the same file,
+environment and flags. Keys whose column *reload* says yes change at once, all together: for requests,
+loads and stops that begin from then on, running ones go on with what they began with. If the file is
+invalid, or another key was changed too, nothing changes at all: hive goes on with the settings that it
+has, and the answer, the log and the [audit log](audit.md) name every key in the way (RELOAD_REFUSED,
+CONFIG_INVALID). A key of `[[auth.keys]]` that is added, changed or taken away counts from the next request
+on. `timeouts.load_s` and `timeouts.kill_s` count from an engine's next start, `windows.session_idle_s` from
+the next look. Environment and flags are those that hive was started with: they win over the file, so what
+they set cannot be reloaded.
 
 The environment can set the keys of
 {sections}:
@@ -168,7 +188,11 @@ def configuration() -> str:
             text = f"{first_line(part.get('description'))} Variables: {variable}."
         else:
             text = first_line(part.get("description"))
-        parts += [f"## {TITLES.get(section, f'[{section}]')}", text.strip(), _keys(part)]
+        parts += [
+            f"## {TITLES.get(section, f'[{section}]')}",
+            text.strip(),
+            _keys(part, PLACES.get(section, (section,))),
+        ]
     sections = ", ".join(f"`[{section}]`" for section in FIXED)
     return page("Configuration", CONFIGURATION.format(sections=sections), *parts)
 
@@ -206,18 +230,19 @@ def _resolve(schema: Schema, about: Schema) -> Schema:
     return found
 
 
-def _keys(part: Schema) -> str:
+def _keys(part: Schema, path: tuple[str, ...]) -> str:
     rows = [
         (
             code(key),
             _type(key, about),
             "**required**" if key in part.get("required", ()) else code(_default(about)),
             UNITS.get(key.rpartition("_")[2], ""),
+            "yes" if is_one_of((*path, *key.split(".")), RELOADABLE) else "",
             about.get("description", ""),
         )
         for key, about in part["properties"].items()
     ]
-    return table(("key", "type", "default", "unit", "what"), rows)
+    return table(("key", "type", "default", "unit", "reload", "what"), rows)
 
 
 def _type(key: str, about: Schema) -> str:
@@ -259,9 +284,41 @@ def _default(about: Schema) -> str:
 # ── Metrics ─────────────────────────────────────────────────────────────────────────────────────
 
 METRICS = """
-`GET /metrics` in Prometheus' text format; the scope is `metrics`. All of them are registered at the
-start. A histogram has `_bucket`, `_sum` and `_count`. Label values are names from the configuration,
-states, codes and statuses: never a key, a path or a request id.
+`GET /metrics` in Prometheus' text format, or in OpenMetrics where the `Accept` header prefers it; the
+scope is `metrics`. All of them are registered at the start. A histogram has `_bucket`, `_sum` and
+`_count`. Label values are names from the configuration, states, codes and statuses: never a key, a
+path or a request id.
+"""
+METRICS_REST = r"""
+## Of the engines
+
+The same page has the metrics of every engine that is READY or DRAINING, and of the LMCache server, as
+they tell them at that moment, each with the label `worker`: `vllm:num_requests_running{worker="llama-0",…}`.
+Each engine has {read_s:g} s for its answer of at most {most_mib} MiB; all of them are asked at once, so one that is dead or
+hangs makes a scrape that much longer and no more. `hive_engine_scrape_up` says which could be read.
+
+- A label of the engine's own that is called `worker` is `exported_worker`; a counter whose name does not end in
+  `_total` gets that ending, as OpenMetrics wants it; times of samples are dropped.
+- What a scraper would refuse is left out: names that are not in Prometheus' classic characters, histograms whose buckets
+  do not add up, counters below 0, a family that another engine tells with another type (the first worker's stays),
+  and whatever is called `hive_…`. `hive_engine_families_left_out` counts it. What cannot be read as a whole (more
+  than {parse_s:g} s of CPU time for all engines, too) is left out as a whole, and `hive_engine_scrape_up` is 0.
+- Who scrapes while the engines are being asked gets the same answers.
+
+## Rates and times that are asked for by name
+
+| what | as a query |
+|---|---|
+| calls, errors and their kinds of an operation (R183, R184) | `sum by (operation, outcome) (hive_operations_total)`; `timeout` and `transient` are the transient ones |
+| error rate, 0 without calls (R185) | `sum by (operation) (rate(hive_operations_total{outcome=~"timeout\|transient\|permanent"}[5m])) / (sum by (operation) (rate(hive_operations_total[5m])) > 0) or sum by (operation) (rate(hive_operations_total[5m]))` |
+| retries that were used up (R183), success of retries (R253) | `hive_retries_total{outcome="exhausted"}`; `success` beside `exhausted`, `deadline` and `failed` |
+| success rate (R252); `"timeout"` for that of timeouts | `sum by (operation) (rate(hive_operations_total{outcome="success"}[5m])) / (sum by (operation) (rate(hive_operations_total[5m])) > 0)` |
+| average latency (R252) | `rate(hive_request_seconds_sum[5m]) / rate(hive_request_seconds_count[5m])` |
+| p50, p95, p99 (R254) | `histogram_quantile(0.95, sum by (model, le) (rate(hive_request_seconds_bucket[5m])))` |
+| MTTR (R254) | `rate(hive_worker_recovery_seconds_sum[1d]) / rate(hive_worker_recovery_seconds_count[1d])` |
+| crash rate by model | `rate(hive_worker_crashes_total[1h])` |
+
+hive never falls back to another model or device, so there is no rate of that.
 """
 
 
@@ -270,7 +327,14 @@ def metrics() -> str:
         metric for metric in vars(Metrics([])).values() if isinstance(metric, MetricWrapperBase)
     ]
     rows = sorted(map(_metric_row, found))
-    return page("Metrics", METRICS, table(("name", "type", "labels", "what"), rows))
+    rest = METRICS_REST
+    for name, value in (
+        ("{read_s:g}", f"{engines.READ_S:g}"),
+        ("{parse_s:g}", f"{engines.PARSE_S:g}"),
+        ("{most_mib}", str(engines.MOST_BYTES >> 20)),
+    ):
+        rest = rest.replace(name, value)
+    return page("Metrics", METRICS, table(("name", "type", "labels", "what"), rows), rest)
 
 
 def _metric_row(metric: MetricWrapperBase) -> tuple[str, ...]:
@@ -398,14 +462,17 @@ tried, it is one fault.
 def http() -> str:
     """Routes of one path that do the same are one line."""
     methods: dict[tuple[str, str, str], list[str]] = {}
-    for route in application().router.routes():
-        if route.method != "HEAD":  # aiohttp adds it to every GET
-            methods.setdefault(_route(route), []).append(route.method)
+    for route in openapi.served(application()):
+        methods.setdefault(_route(route), []).append(route.method)
     rows = [
         (", ".join(sorted(found)), code(path), scope, what)
         for (path, scope, what), found in sorted(methods.items())
     ]
     return page("HTTP", HTTP, table(("method", "path", "scope", "what"), rows), HTTP_REST)
+
+
+def openapi_document() -> str:
+    return json.dumps(openapi.document(application()), indent=1, ensure_ascii=False) + "\n"
 
 
 def application() -> web.Application:
@@ -414,27 +481,41 @@ def application() -> web.Application:
     devices = Devices(Driver(), {}, announcer)
     ledger = Ledger(Path("ledger"), announcer.announce)
     fleet = Fleet(settings, devices, ledger, announcer)
-    catalogue = Catalogue(SQLite(create_async_engine("sqlite+aiosqlite://")))
+    engine = create_async_engine("sqlite+aiosqlite://")
+    catalogue = Catalogue(SQLite(engine, Leaving(Path("catalogue.db"), 0.0)))
     tier, files = Tier(Path("kv"), 0), WindowFiles(Path("windows"), Path("kv"))
     sessions, engines = Sessions(settings, catalogue, announcer), Engines(settings, fleet)
     blocks = Blocks(files, tier, engines)
     windows = Windows(settings, catalogue, files, blocks, sessions, announcer)
     backups = Backups(settings, windows, files, blocks)
     kept = Keeping(sessions, windows, backups, engines)
-    text = lambda: (b"", "")  # noqa: E731
-    return Gateway(settings, fleet, devices, ledger, announcer, text, lambda: None, kept).app
+
+    async def text(_accept: str) -> tuple[bytes, str]:
+        return b"", ""
+
+    async def reload(_by: str) -> list[str]:
+        return []
+
+    return Gateway(
+        settings,
+        fleet,
+        devices,
+        ledger,
+        announcer,
+        text,
+        lambda: None,
+        Alerts(settings, announcer),
+        kept,
+        (AuditApi(Path("audit")), ReloadApi(reload)),
+    ).app
 
 
-def _route(route: web.AbstractRoute) -> tuple[str, str, str]:
+def _route(route: openapi.Served) -> tuple[str, str, str]:
     """Its path, the scope that it needs, and what it does."""
-    assert route.resource is not None
-    info = route.resource.get_info()
-    path = str(info.get("path") or info["formatter"])
-    if "pattern" in info:
-        # {action} is shown with what it can be: start|stop|restart.
-        for name, choices in re.findall(r"\(\?P<(\w+)>([\w|]+)\)", info["pattern"].pattern):
-            path = path.replace(f"{{{name}}}", f"{{{choices.replace('|', ',')}}}")
-    return path, needed_scope(path) or "none", first_line(inspect.getdoc(route.handler))
+    path = route.path
+    for name, choices in route.choices.items():  # {action} is shown with what it can be
+        path = path.replace(f"{{{name}}}", f"{{{','.join(choices)}}}")
+    return path, route.scope or "none", route.what
 
 
 # ── Command line ────────────────────────────────────────────────────────────────────────────────
@@ -478,6 +559,92 @@ def _command(name: str, command: click.Command, ctx: click.Context) -> Iterator[
     ]
     if records:
         yield table(("option", "what"), [(code(opts), text) for opts, text in records])
+
+
+# ── Escalations ─────────────────────────────────────────────────────────────────────────────────
+
+ESCALATION = """
+What a person is told, once, and once more when it is over. Each escalation is a line in the log at its
+level, an event (`/hive/v1/events`: `escalated`, `escalation_resolved`), counted in
+`hive_escalations_total{level}`, shown by `hive alerts` and, from `alerts.level` on, sent to
+`alerts.webhook_url`. What happens again while it is open is counted there, not told.
+
+## Levels
+
+One enum for all of hive: info, medium, high, critical, emergency.
+
+| level | log line | the four levels of other tools |
+|---|---|---|
+| info | info | info |
+| medium, high | warning | warning |
+| critical | error | critical |
+| emergency | critical | emergency |
+
+## Which errors count
+
+| family of the error | a person is told |
+|---|---|
+FAMILIES
+
+Not so, because a client alone brings it about or because another rule tells it: CODES.
+An engine's own 4xx, 429 and 503 say nothing of the engine.
+
+## Service level
+
+`hive status`, `GET /hive/v1/status` and `hive_service_level` say how much can be had:
+
+| value | level | when |
+|---|---|---|
+| 0 | full | every worker is READY, its breaker closed; every device is OK, and LMCache is there |
+| 1 | degraded | something of that is not so, and every model is served |
+| 2 | critical | a model is not served, or more than half of the workers are not there |
+| 3 | down | no worker serves |
+
+## The webhook
+
+```toml
+[alerts]
+webhook_url = "http://127.0.0.1:9093/api/v2/alerts"
+webhook_token_file = "/etc/hive/alertmanager.token"  # or webhook_token, or none
+labels = { host = "gpu7" }                           # tells one hive's alerts from another's
+```
+
+A message is one POST of a list with one alert, as Alertmanager's API v2 has it: `labels` (alertname, severity,
+rule, operation and, where they apply, model, worker, device, kind, and your own), `annotations` (summary,
+description, recommended_action, runbook_url, error_code, timestamp), `startsAt`, `endsAt`. When it is over the
+same alert is sent with the `endsAt` of that moment. `endsAt` of one that is open lies 30 days ahead: Alertmanager
+would take it for resolved after 5 minutes otherwise. It holds no prompt, key, salt, path or host.
+
+- **Nothing is lost from the moment it is queued**, that is, on disk (`STATE/outbox.db`): a webhook that is down, a
+  SIGKILL of hive at any moment. Messages go in order, one at a time, each until it was taken: after 1 s, 2 s, 4 s …
+  up to `retry_max_s` (5 minutes), a tenth more at random, and at once when something new is to be told. After
+  `keep_s` (24 h) without success a message is dropped: an ERROR in the log, and counted. So is the oldest of the
+  lowest level where more than `max_waiting` wait.
+- **Once.** `Idempotency-Key` and `X-Hive-Delivery` are the message's id. The row is marked after the answer. Only if
+  hive is killed between the two is the message sent again: the same bytes, under the same id. Alertmanager takes
+  that for the one alert that it is.
+- **What the webhook's answers mean.** 2xx: taken. Any other 4xx than 401, 403, 408 and 429: dropped with an ERROR. 401 and
+  403 escalate as `credentials_refused` (in the log and in `hive alerts`; a webhook that refuses hive cannot be told), and
+  what waits is kept until they are corrected, by `hive reload` or in the token's file. Everything else, a redirect, too (none is followed): tried again.
+- **A disk that is full or hangs** is told once, keeps nothing else of hive waiting and is tried again every 5 s;
+  alerts are sent from memory meanwhile. A damaged file is set aside and kept, with an ERROR.
+- **After a start** what an earlier life of hive had told and not ended is sent as over: this life looks anew, and
+  tells what is still so.
+- Without `webhook_url` nothing is written or sent; what waited stays in the file until there is one again.
+"""
+
+
+def escalation() -> str:
+    families = "\n".join(f"| {one} | {FAMILIES[one]} |" for one in Family)
+    exempt = ", ".join(code(name) for name, mode in CODES.items() if mode is Alerting.NONE)
+    parts = []
+    for rule, about in RULES.items():
+        says = about.says.replace("{subject}", "SUBJECT")
+        action = about.action or "What the error's own code says ([errors.md](errors.md))."
+        parts.append(f"### {alert_name(rule)}")
+        parts.append(f"Rule `{rule}`, level **{about.level}**. {says}\n\nWhat to do: {action}")
+    text = ESCALATION.replace("FAMILIES", families).replace("CODES", exempt)
+    return page("Escalations and the webhook", text, "## Rules", *parts)
 
 
 # ── Requirements ────────────────────────────────────────────────────────────────────────────────
@@ -570,12 +737,15 @@ PAGES: dict[str, Callable[[], str]] = {
     "metrics.md": metrics,
     "http.md": http,
     "cli.md": command_line,
+    "escalation.md": escalation,
     "requirements.md": requirements,
 }
+# For programs: no page, and so without a page's header.
+DATA: dict[str, Callable[[], str]] = {"openapi.json": openapi_document}
 
 
 def main() -> int:
-    for name, write in PAGES.items():
+    for name, write in {**PAGES, **DATA}.items():
         (DOCS / name).write_text(write())
         sys.stdout.write(f"docs/{name}\n")
     return 0

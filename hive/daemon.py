@@ -11,23 +11,34 @@ import os
 import signal
 import socket
 import time
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager
+from functools import partial
+from typing import TYPE_CHECKING
 
 from hive.devices import nvml
 from hive.devices.watch import Devices
-from hive.events import COUNTED, Announcer, DaemonMoved, RequestEnded
+from hive.errors import HiveError
+from hive.events import COUNTED, Announcer, DaemonMoved, KeyRefused, RequestEnded
 from hive.gateway.app import Gateway
+from hive.gateway.audit import AuditApi
 from hive.gateway.listener import listening, raise_descriptor_limit
+from hive.gateway.reload import ReloadApi
 from hive.policy.lifecycle import State
+from hive.reload import Apply, Reloader
 from hive.settings import Settings
 from hive.telemetry import logs, systemd
+from hive.telemetry.alerts import DEAF_TO, Alerts
+from hive.telemetry.audit import DIRECTORY, auditing
+from hive.telemetry.engines import Scrape, answering
 from hive.telemetry.metrics import Metrics
-from hive.windows.keeping import keeping
 from hive.workers import cgroup, directories, guard, preflight
 from hive.workers.fleet import Fleet
 from hive.workers.ledger import Ledger
 from hive.workers.preparing import prepared, unless
+
+if TYPE_CHECKING:
+    from hive.windows.keeping import Keeping
 
 log = logging.getLogger(__name__)
 
@@ -37,29 +48,29 @@ GC_AFTER = (10_000, 20, 20)
 RECHECK_S = 10.0  # how often leaks that are known are looked at again
 
 
-async def serve(settings: Settings) -> None:
+async def serve(settings: Settings, reread: Callable[[], Settings]) -> None:
     """Serve until SIGTERM or SIGINT; returns after everything that was started has ended.
 
+    `reread` loads the settings again, for a reload; blocking.
     Raises the worst HiveError of the preflight before anything is started (R016, R017, C8), and
     AddressInUse when the port is taken.
     """
     with systemd.supervised(os.environ, settings) as notifier:
         inherited = systemd.inherited_socket(os.environ, settings)
-        await serve_supervised(settings, notifier, inherited)
+        await serve_supervised(settings, reread, notifier, inherited)
 
 
 async def serve_supervised(
-    settings: Settings, notifier: systemd.Notifier, inherited: socket.socket | None
+    settings: Settings,
+    reread: Callable[[], Settings],
+    notifier: systemd.Notifier,
+    inherited: socket.socket | None,
 ) -> None:
     """`serve`, once who started hive is known; `inherited` replaces server.host and port."""
     stop_asked = stop_signals()
     most_connections = raise_descriptor_limit()
     preflight.prepare_directories(settings)
-    with only_daemon(settings):
-        announcer = Announcer()
-        announcer.listen(logs.write, deaf_to=COUNTED)
-        progress = systemd.Progress(notifier, settings)
-        announcer.listen(progress.hear, deaf_to=(RequestEnded, *COUNTED))
+    with only_daemon(settings), listened_to(settings, notifier) as (announcer, alerts, applies):
         # Orphans of a killed guard come to hive, not to init.
         guard.become_subreaper()
         ledger = Ledger(settings.server.state_dir / "ledger", announcer.announce)
@@ -77,32 +88,36 @@ async def serve_supervised(
             fleet.doors,
         )
         announcer.listen(metrics.hear)
-        async with keeping(settings, fleet, announcer) as kept:
-            drain = stop_asked.first.set
+        scrape = Scrape(metrics, lambda: answering(fleet.everyone()))
+        reloader = Reloader(settings, reread, announcer)
+        reloader.tells(*applies)
+        if inherited is not None:
+            reloader.asks(partial(systemd.must_be_guarded, inherited))
+        async with alerts.running(), windows_kept(settings, fleet, announcer) as kept:
+            drain = partial(stop_asked.ask, "drain")
+            apis = (AuditApi(settings.server.state_dir / DIRECTORY), ReloadApi(reloader.reload))
             gateway = Gateway(
-                settings, fleet, devices, ledger, announcer, metrics.text, drain, kept
+                settings, fleet, devices, ledger, announcer, scrape.text, drain, alerts, kept, apis
             )
             async with (
                 metrics.measuring_lag(),
                 rechecking(ledger),
                 listening(
                     gateway.app, settings, announcer, inherited, most_connections, gateway.entrance
-                ),
+                ) as apply_to_connections,
                 fleet.running(),
                 devices.watching(),
+                reloading(reloader, stop_asked.reload),
             ):
+                reloader.tells(fleet.apply, gateway.apply, apply_to_connections)
+                if kept is not None:
+                    reloader.tells(kept.apply)
                 await fleet.start()
-                gc.collect()
-                gc.freeze()  # what exists now lives as long as hive: never look at it again
-                gc.set_threshold(*GC_AFTER)
+                spare_collections()
                 await until_the_end(stop_asked, fleet)
-                why = fleet.verdict.message if fleet.verdict else ""
-                announcer.announce(DaemonMoved("stopping", why))
-                gateway.close_streams()
-                by = time.monotonic() + settings.server.drain_s
-                await stop_fleet(fleet, stop_asked)
-                if not fleet.verdict:
-                    await unless(stop_asked.second, gateway.finish(by))
+                reloader.close()
+                announcer.announce(stopping(fleet, stop_asked))
+                await stop_serving(gateway, fleet, stop_asked, reloader.settings.server.drain_s)
         await ledger.close()
         driver.close()
         announcer.announce(DaemonMoved("stopped"))
@@ -113,12 +128,56 @@ async def serve_supervised(
             raise error
 
 
+@contextmanager
+def listened_to(
+    settings: Settings, notifier: systemd.Notifier
+) -> Iterator[tuple[Announcer, Alerts, tuple[Apply, ...]]]:
+    """While the block runs, logs, systemd, the audit log and alerts hear what is announced.
+
+    Yields what takes other settings, too.
+    """
+    announcer = Announcer()
+    announcer.listen(logs.write, deaf_to=COUNTED)
+    progress = systemd.Progress(notifier, settings)
+    announcer.listen(progress.hear, deaf_to=(RequestEnded, *COUNTED))
+    with auditing(settings, announcer.announce) as audit:
+        announcer.listen(audit.hear, deaf_to=[kind for kind in COUNTED if kind is not KeyRefused])
+        alerts = Alerts(settings, announcer)
+        announcer.listen(alerts.hear, deaf_to=DEAF_TO)
+        announcer.listen(alerts.outbox.hear, deaf_to=(RequestEnded, *COUNTED))
+        yield announcer, alerts, (logs.apply, progress.apply, audit.apply, alerts.apply)
+
+
+def spare_collections() -> None:
+    """What exists now lives as long as hive: never look at it again."""
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(*GC_AFTER)
+
+
 async def until_the_end(asked: "StopAsked", fleet: Fleet) -> None:
     """Return when somebody asks for a stop, or when a device fails that hive ends with."""
     waiting = [asyncio.ensure_future(one.wait()) for one in (asked.first, fleet.condemned)]
     await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
     for one in waiting:
         one.cancel()
+
+
+@asynccontextmanager
+async def windows_kept(
+    settings: Settings, fleet: Fleet, announcer: Announcer
+) -> AsyncIterator["Keeping | None"]:
+    """What keeps windows; where no model has them, nothing is loaded for it either.
+
+    Raises ConfigInvalid, StoreUnreachable.
+    """
+    if fleet.site is None:
+        yield None
+        return
+    from hive.windows.keeping import keeping  # noqa: PLC0415 (a third of hive's start, and 20 MB)
+
+    async with keeping(settings, fleet, announcer) as kept:
+        yield kept
 
 
 @asynccontextmanager
@@ -139,6 +198,25 @@ async def rechecking(ledger: Ledger) -> AsyncIterator[None]:
             looking.cancel()
 
 
+@asynccontextmanager
+async def reloading(reloader: Reloader, asked: asyncio.Event) -> AsyncIterator[None]:
+    """Reload whenever it is asked for, while the block runs; what it came to is announced."""
+
+    async def reload() -> None:
+        while True:
+            await asked.wait()
+            asked.clear()  # a file that changes from now on is read again
+            with contextlib.suppress(HiveError):
+                await reloader.reload("SIGHUP")
+
+    async with asyncio.TaskGroup() as tasks:
+        waiting = tasks.create_task(reload(), name="reload")
+        try:
+            yield
+        finally:
+            waiting.cancel()
+
+
 def be_deaf() -> None:
     """All is over: a second signal in the last milliseconds must not make a bad exit of it."""
     loop = asyncio.get_running_loop()
@@ -153,22 +231,48 @@ class StopAsked:
     def __init__(self) -> None:
         self.first = asyncio.Event()
         self.second = asyncio.Event()
+        self.reload = asyncio.Event()  # SIGHUP
+        self.by = ""  # who was the first
         self._heard = False  # a signal, that is: being asked to drain is none
 
-    def hear(self) -> None:
-        (self.second if self._heard else self.first).set()
+    def hear(self, number: signal.Signals) -> None:
+        if self._heard:
+            self.second.set()
         self._heard = True
+        self.ask(number.name)
+
+    def ask(self, by: str) -> None:
+        """A clean stop, for `by`: a signal's name, or "drain"."""
+        self.by = self.by or by
+        self.first.set()
+
+    def hear_hup(self) -> None:
+        log.info("SIGHUP: hive reads its settings again, once it serves")
+        self.reload.set()
 
 
 def stop_signals() -> StopAsked:
     asked = StopAsked()
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
-        loop.add_signal_handler(number, asked.hear)
-    loop.add_signal_handler(
-        signal.SIGHUP, log.warning, "SIGHUP: hive does not reload its settings; restart it"
-    )
+        loop.add_signal_handler(number, asked.hear, number)
+    loop.add_signal_handler(signal.SIGHUP, asked.hear_hup)
     return asked
+
+
+def stopping(fleet: Fleet, asked: "StopAsked") -> DaemonMoved:
+    if fleet.verdict:
+        return DaemonMoved("stopping", fleet.verdict.message, fleet.verdict.code)
+    return DaemonMoved("stopping", by=asked.by)
+
+
+async def stop_serving(gateway: Gateway, fleet: Fleet, asked: "StopAsked", drain_s: float) -> None:
+    """End streams, workers and requests; these get `drain_s`, unless a device has failed."""
+    gateway.close_streams()
+    by = time.monotonic() + drain_s
+    await stop_fleet(fleet, asked)
+    if not fleet.verdict:
+        await unless(asked.second, gateway.finish(by))
 
 
 async def stop_fleet(fleet: Fleet, asked: StopAsked) -> None:

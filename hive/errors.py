@@ -433,6 +433,14 @@ class StoreUnreachable(BadGateway):
     action = "Check that the database is running and reachable; hive reconnects by itself."
 
 
+class StoreCredentialsRefused(StoreUnreachable):
+    code = "STORE_CREDENTIALS_REFUSED"
+    retryable = False
+    severity = Severity.CRITICAL
+    summary = "The catalogue's database refuses hive's user or password."
+    action = "Correct windows.catalogue_url, or the user's password in the database."
+
+
 class ServiceUnavailable(HiveError):
     """Retryable only when it carries a hint; `reason` is one of contract's (C12)."""
 
@@ -581,11 +589,22 @@ class ConcurrencyLimit(HiveError):
 
 
 class ConfigInvalid(HiveError):
-    code, status = "CONFIG_INVALID", 500
+    code, status = "CONFIG_INVALID", 422  # over HTTP only as the answer to a reload
     family, severity, level = Family.VALIDATION, Severity.HIGH, "error"
     shows = frozenset({"problems"})
     summary = "The configuration cannot be used."
     action = "Correct the keys that are named; 'hive check' tries the result without serving."
+
+
+class ReloadRefused(ConfigInvalid):
+    code, status = "RELOAD_REFUSED", 409
+    family, severity, level = Family.STATE, Severity.HIGH, "error"
+    shows = frozenset({"problems", "keys"})
+    summary = "Settings were changed that need a restart; nothing was changed."
+    action = (
+        "Restart hive to put all of them in force, or take the keys that are named back and "
+        "reload again: what else is different applies then."
+    )
 
 
 class AddressInUse(HiveError):

@@ -4,8 +4,9 @@ Whoever causes a fact announces it once; metrics, logs and the event stream only
 """
 
 import logging
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from contextvars import ContextVar
+from typing import Any
 
 import msgspec
 
@@ -20,13 +21,17 @@ class Event(msgspec.Struct, frozen=True, gc=False):
 
 
 class WorkerMoved(Event, frozen=True, gc=False):
-    """A worker left one state for another; `reason` is a sentence or empty."""
+    """A worker left one state for another; `reason` is a sentence or empty.
+
+    `code` is that of the error where it is FAILED, QUARANTINED or LOST now.
+    """
 
     worker: str
     model: str
     old: str
     new: str
     reason: str = ""
+    code: str = ""
 
 
 class WorkerStarted(Event, frozen=True, gc=False):
@@ -54,16 +59,22 @@ class WorkerExited(Event, frozen=True, gc=False):
     cause: str
     status: str
     asked: bool
+    pid: int = 0
 
 
 class WorkerEnded(Event, frozen=True, gc=False):
-    """The whole process tree is gone; `how` is exit, term or kill."""
+    """The whole process tree is gone; `how` is exit, term or kill.
+
+    `pid` was the engine's; `why` it was ended: asked, exited, or the code of the error.
+    """
 
     worker: str
     model: str
     how: str
     stop_s: float
     members: int
+    pid: int = 0
+    why: str = ""
 
 
 class WorkerRestartPlanned(Event, frozen=True, gc=False):
@@ -167,6 +178,12 @@ class HintJudged(Event, frozen=True, gc=False):
     error_s: float
 
 
+class ConnectionRefused(Event, frozen=True, gc=False):
+    """There were `allowed` connections, all that there may be: one more was answered with 503, unread."""
+
+    allowed: int
+
+
 class RequestExpired(Event, frozen=True, gc=False):
     """A limit of a request passed: `phase` names it."""
 
@@ -206,6 +223,7 @@ class RetriesEnded(Event, frozen=True, gc=False):
 
     operation: str
     outcome: str
+    model: str = ""
 
 
 class BreakerMoved(Event, frozen=True, gc=False):
@@ -264,6 +282,14 @@ class WindowOperationEnded(Event, frozen=True, gc=False):
     bytes: int = 0
 
 
+class RollbackMoved(Event, frozen=True, gc=False):
+    """A window that is half made or half deleted could not be removed, for `code`; or it is now."""
+
+    window_id: str
+    is_undone: bool
+    code: str = ""
+
+
 class ThawProved(Event, frozen=True, gc=False):
     """The first request after a thaw: what was promised of its prompt, and what the engine found."""
 
@@ -274,11 +300,114 @@ class ThawProved(Event, frozen=True, gc=False):
     cached_tokens: int
 
 
+class Escalated(Event, frozen=True, gc=False):
+    """Somebody is to be told (R193): `level` is an errors.Severity, `began_at` in ISO 8601.
+
+    Every name is one of the configuration; `context` holds numbers and such names.
+    """
+
+    rule: str
+    level: str
+    subject: str
+    operation: str
+    code: str
+    message: str
+    recommended_action: str
+    began_at: str
+    model: str = ""
+    worker: str = ""
+    device: str = ""
+    context: Mapping[str, Any] = {}
+
+
+class EscalationResolved(Event, frozen=True, gc=False):
+    """What was told is over, after `seconds`; it happened `repeats` times more meanwhile."""
+
+    rule: str
+    level: str
+    subject: str
+    began_at: str
+    seconds: float
+    repeats: int
+
+
+class ServiceLevelMoved(Event, frozen=True, gc=False):
+    """How much of what is configured can be had: full, degraded, critical or down (R263)."""
+
+    old: str
+    new: str
+
+
+class AlertTried(Event, frozen=True, gc=False):
+    """A message to the alerts' webhook was sent, failed and will be tried again, or was dropped.
+
+    `why` says why not; `waiting` messages are left to be sent.
+    """
+
+    delivery: str
+    rule: str
+    subject: str
+    level: str
+    outcome: str
+    why: str
+    attempts: int
+    waiting: int
+
+
+class OutboxCounted(Event, frozen=True, gc=False):
+    """How many messages wait to be sent to the alerts' webhook."""
+
+    waiting: int
+
+
+class KeyRefused(Event, frozen=True, gc=False):
+    """A request was not let in, for `code`: its key's name, or the fingerprint of an unknown one."""
+
+    code: str
+    key: str
+    fingerprint: str
+
+
+class ReloadBegan(Event, frozen=True, gc=False):
+    """The settings are read again, for `by`: SIGHUP or HTTP."""
+
+    by: str
+
+
+class ReloadEnded(Event, frozen=True, gc=False):
+    """They are in force, or were refused with `code`: keys by their dotted names, never values.
+
+    `changed` is what is different now, `refused` what needs a restart, `problems` what is wrong.
+    """
+
+    by: str
+    changed: tuple[str, ...] = ()
+    code: str = ""
+    refused: tuple[str, ...] = ()
+    problems: tuple[str, ...] = ()
+
+
+class AuditMoved(Event, frozen=True, gc=False):
+    """The audit log is failing, writing again, or damaged: not as hive left it.
+
+    `late` records were held meanwhile and are written now, `lost` ones were too many.
+    """
+
+    state: str
+    reason: str
+    late: int = 0
+    lost: int = 0
+
+
 class DaemonMoved(Event, frozen=True, gc=False):
-    """The daemon itself: listening, stopping, stopped."""
+    """The daemon itself: listening, stopping, stopped.
+
+    `by` says what makes it stop: SIGTERM, SIGINT, drain, or the code of an error.
+    """
 
     state: str
     detail: str = ""
+    by: str = ""
 
 
 Listener = Callable[[Event], None]
@@ -286,8 +415,11 @@ Listener = Callable[[Event], None]
 
 # What metrics count, and what the end of a request tells in logs and streams: there would be too many.
 COUNTED: tuple[type[Event], ...] = (
+    ConnectionRefused,
     DeviceRead,
     HintJudged,
+    KeyRefused,
+    OutboxCounted,
     RequestAborted,
     RequestAdmitted,
     RequestExpired,

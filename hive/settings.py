@@ -45,6 +45,11 @@ SOCKET_PATH_BYTES = 107  # sun_path less the closing NUL
 PATH_BYTES, NAME_BYTES = 4095, 255  # the kernel's limits of a path, and of each part of it
 NAME = re.compile(r"[A-Za-z0-9](?:[A-Za-z0-9._-]{0,62}[A-Za-z0-9])?\Z")
 _CATALOGUES = ("postgresql", "postgres", "postgresql+asyncpg")
+_OWN_LABELS = frozenset(
+    {"alertname", "severity", "rule", "operation", "model", "worker", "device", "kind"}
+)
+# Values that no message repeats.
+_SECRETS = frozenset({"catalogue_url", "webhook_url", "webhook_token", "sha256"})
 _GPU_DEVICE = re.compile(r"(cuda:(0|[1-9][0-9]{0,2})|GPU-[0-9a-fA-F-]{8,36})\Z")
 
 Seconds = Annotated[float, Field(gt=0, le=86_400, allow_inf_nan=False)]
@@ -130,6 +135,49 @@ def _catalogue_url(value: SecretStr) -> SecretStr:
         "postgresql:///database?host=/run/postgresql for a unix socket",
         {"what": what},
     )
+
+
+def _webhook_url(value: SecretStr) -> SecretStr:
+    """HTTP, or empty. No message repeats a part that may be a secret."""
+    text = _text(value.get_secret_value())
+    if not text:
+        return value
+    try:
+        parts = urlsplit(text)
+        has_port = parts.port is None or parts.port > 0
+        is_usable = bool(parts.hostname) and has_port
+    except ValueError:
+        parts, is_usable = urlsplit(""), False
+    if parts.scheme not in ("http", "https") or not is_usable or not text.isprintable():
+        what = "this is no URL of HTTP"
+    elif parts.username is not None or parts.password is not None:
+        what = "a password does not belong into the URL; webhook_token is sent as a bearer token"
+    else:
+        return value
+    raise PydanticCustomError(
+        "webhook_url", "{what}; Alertmanager's is http://host:9093/api/v2/alerts", {"what": what}
+    )
+
+
+def _token(value: SecretStr) -> SecretStr:
+    """What fits into a header."""
+    text = value.get_secret_value()
+    if text and not re.fullmatch(r"[\x21-\x7e]{1,4096}", text):
+        raise PydanticCustomError(
+            "token", "a token is 1 to 4096 printable characters of ASCII, without spaces"
+        )
+    return value
+
+
+def _label(name: str) -> str:
+    if not re.fullmatch(r"[A-Za-z_][A-Za-z0-9_]{0,62}", name) or name in _OWN_LABELS:
+        raise PydanticCustomError(
+            "label",
+            "a label is letters, digits and '_', not beginning with a digit, and none of hive's own "
+            "({own})",
+            {"own": ", ".join(sorted(_OWN_LABELS))},
+        )
+    return name
 
 
 def _as_devices(value: object) -> object:
@@ -396,6 +444,77 @@ class Windows(Section):
         return value
 
 
+class Alerts(Section):
+    """Where escalations are sent: an Alertmanager, or whatever takes its messages."""
+
+    webhook_url: Annotated[SecretStr, AfterValidator(_webhook_url)] = Field(
+        SecretStr(""),
+        description="Where they are sent by POST, as `http://127.0.0.1:9093/api/v2/alerts`. Secret. "
+        "Default: nowhere; `hive alerts` and the log have them all the same.",
+    )
+    webhook_token: Annotated[SecretStr, AfterValidator(_token)] = Field(
+        SecretStr(""), description="Sent as `Authorization: Bearer TOKEN`. Secret. Default: none."
+    )
+    webhook_token_file: FilePath | None = Field(
+        None, description="A file that holds the token, read anew for each message."
+    )
+    level: Literal["info", "medium", "high", "critical", "emergency"] = Field(
+        "high", description="Least level that is sent."
+    )
+    labels: dict[Annotated[str, AfterValidator(_label)], Text] = Field(
+        default_factory=dict,
+        description='Labels added to each alert, as `{ host = "gpu7" }`: they tell one hive\'s from '
+        "another's.",
+    )
+    runbook_url: Text = Field(
+        "docs/escalation.md", description="Where alerts are explained; `#alertname` is added."
+    )
+    timeout_s: Seconds = Field(5, description="For the webhook to answer, seconds.")
+    retry_max_s: Seconds = Field(
+        300,
+        description="Longest pause before a message is tried again, seconds; the first is 1, then "
+        "they double.",
+    )
+    keep_s: Seconds = Field(
+        86_400, description="Seconds after which a message that cannot be sent is dropped."
+    )
+    max_waiting: int = Field(
+        1000,
+        ge=1,
+        le=100_000,
+        description="Messages that may wait; beyond it the oldest of the lowest level is dropped.",
+    )
+
+    @field_validator("webhook_token_file")
+    @classmethod
+    def _absolute(cls, value: Path | None) -> Path | None:
+        if value is not None and not value.is_absolute():
+            raise PydanticCustomError("relative", "a path is absolute, it begins with '/'")
+        return value
+
+    @model_validator(mode="after")
+    def _one_token(self) -> Self:
+        has_token = bool(self.webhook_token.get_secret_value())
+        if has_token and self.webhook_token_file is not None:
+            raise PydanticCustomError(
+                "tokens", "give webhook_token or webhook_token_file, not both"
+            )
+        if (has_token or self.webhook_token_file) and not self.webhook_url.get_secret_value():
+            raise PydanticCustomError("tokens", "a token needs a webhook_url to be sent to")
+        return self
+
+
+class Audit(Section):
+    """The log of who did what (docs/audit.md): `STATE/audit`, a chain over all of its files."""
+
+    max_mib: float = Field(
+        10, ge=0.01, le=10_000, description="Size of a file at which the next one begins, MiB."
+    )
+    keep: int = Field(
+        10, ge=1, le=10_000, description="Older files that are kept; then the oldest is removed."
+    )
+
+
 class TimeoutOverrides(Section):
     """A model's own limits; what is not set comes from [timeouts]."""
 
@@ -514,6 +633,8 @@ class Settings(BaseSettings):
     breaker: Breaker = Field(default_factory=Breaker)
     auth: Auth = Field(default_factory=Auth)
     windows: Windows = Field(default_factory=Windows)
+    alerts: Alerts = Field(default_factory=Alerts)
+    audit: Audit = Field(default_factory=Audit)
     models: dict[str, Model] = Field(default_factory=dict)
 
     @model_validator(mode="after")
@@ -627,7 +748,40 @@ class Settings(BaseSettings):
 
 
 # Sections whose scalar keys the environment may set.
-FIXED = ("server", "timeouts", "restarts", "breaker", "windows")
+FIXED = ("server", "timeouts", "restarts", "breaker", "windows", "alerts", "audit")
+
+
+# What `hive reload` changes while hive runs (policy/reloading); "*" is any one name, or all below.
+# All else needs a restart.
+RELOADABLE = (
+    "auth.keys.*",
+    "server.log_level",
+    "server.drain_s",
+    "server.gpu_error_policy",
+    "server.max_body_mib",
+    "server.max_buffered_mib",
+    "server.body_s",
+    "timeouts.*",
+    "restarts.*",
+    "breaker.*",
+    "windows.session_idle_s",
+    "windows.max_sessions",
+    "windows.max_windows",
+    "windows.max_gib",
+    "windows.max_backups",
+    "alerts.webhook_token",
+    "alerts.webhook_token_file",
+    "alerts.level",
+    "alerts.labels",
+    "alerts.runbook_url",
+    "alerts.timeout_s",
+    "alerts.retry_max_s",
+    "alerts.keep_s",
+    "alerts.max_waiting",
+    "audit.*",
+    "models.*.queue_depth",
+    "models.*.timeouts.*",
+)
 
 
 class _ScalarEnvironment(EnvSettingsSource):
@@ -658,13 +812,7 @@ def load(
     Without `file` the first of `DEFAULT_FILES` that exists is read.
     Raises ConfigInvalid with every problem found, before anything has been done.
     """
-    path = file or next((p for p in DEFAULT_FILES if p.is_file()), None)
-    if path is None:
-        names = " or ".join(str(p) for p in DEFAULT_FILES)
-        raise ConfigInvalid(
-            f"No configuration file: {names} does not exist.",
-            action="Write one (README, 'Configure'), or name it with --config FILE.",
-        )
+    path = file or default_file()
     document = _read(path)
     unquoted = dict(_unquoted_names(document))
     problems = [*_unknown_variables(), *(f"{path}: {problem}" for problem in unquoted.values())]
@@ -692,6 +840,18 @@ def load(
         more = f" (and {len(problems) - 1} more)" if problems[1:] else ""
         raise ConfigInvalid(f"{problems[0]}{more}", problems=problems)
     return settings
+
+
+def default_file() -> Path:
+    """The first of `DEFAULT_FILES` that exists. Raises ConfigInvalid without one."""
+    path = next((p for p in DEFAULT_FILES if p.is_file()), None)
+    if path is None:
+        names = " or ".join(str(p) for p in DEFAULT_FILES)
+        raise ConfigInvalid(
+            f"No configuration file: {names} does not exist.",
+            action="Write one (README, 'Configure'), or name it with --config FILE.",
+        )
+    return path
 
 
 def open_regular(path: Path, flags: int = 0) -> BinaryIO:
@@ -834,8 +994,7 @@ def _problem(detail: ErrorDetails) -> str:
     shown = (
         isinstance(given, str | int | float | bool)
         and "env" not in location
-        and "catalogue_url" not in location
-        and "sha256" not in location
+        and _SECRETS.isdisjoint(location)
     )
     got = f" (got {_short(given)})" if shown else ""
     return f"{key}: {what}{got}" if key else f"{what}"

@@ -18,7 +18,9 @@ HOST_WIDE = {
 REAL_S = 600  # for a scenario that starts the real engine, perhaps twice
 LONG = {
     "test_freeze_kills.py",
+    "test_fuzz.py",
     "test_kills.py",
+    "test_openapi.py",
     "test_overload.py",
     "test_permits.py",
     "test_soak.py",
@@ -45,8 +47,13 @@ pytest_plugins = [
     "steps.mcp",
     "steps.chaos",
     "steps.operator",
+    "steps.auditing",
     "steps.postgres",
+    "steps.prometheus",
+    "steps.redaction",
+    "steps.recount",
     "steps.watching",
+    "steps.alerts",
 ]
 
 

@@ -12,7 +12,7 @@ import pytest
 from pytest_bdd import given, parsers, then, when
 
 from steps.driver import Answer, Hive, new_hive
-from steps.memory import SMALL, WINDOWS, blocks_of, window_folder
+from steps.memory import SMALL, WINDOWS, blocks_of, talk, window_folder
 from steps.story import MODEL, WORKER, Story
 from steps.waiting import holds, must
 from tests.doubles.fs import HANGS_S, Faults, Meeting, Rule
@@ -21,12 +21,14 @@ PATIENT_S, HASTY_S = 30.0, 1.5  # what an operation may take
 # hive, but it tries again sooner, and gives up sooner.
 PROGRAM = """
 import runpy, sys
+import hive.storage.sqlite as sqlite
 import hive.windows.blocks as blocks
 import hive.windows.operations as operations
 import hive.windows.work as work
 from hive.policy.retries import RETRIES, RetryPolicy
 
 blocks.STALL_S = 0.5
+sqlite.LIMIT_S = 2.0
 operations.AGAIN_S = (0.1, 0.2)
 operations.LIMIT_S = work.LIMIT_S = float(sys.argv[1])
 work.PER_TOKEN_S, work.HANGS_S = 0.0, 0.5
@@ -39,6 +41,7 @@ PLACES = {
     "blocks": "*/windows/*/0*",
     "block 3": "*/windows/*/000003-0",
     "the KV tier": "*/kv/*.data",
+    "what is linked again": "*/windows/*/.*",
     "the manifest": "*/windows/*/manifest.json*",
     "the window's folder": "*/windows/*.part",
     "the windows' directory": "*/s/windows",
@@ -209,6 +212,24 @@ def _(story: Story, seconds: float) -> None:
 @given(parsers.parse("{calls} of {place} hang"))
 def _(story: Story, calls: str, place: str) -> None:
     disk_of(story).fails(Rule(PLACES[place], CALLS[calls], delay_s=HANGS_S, most=1))
+
+
+@when("syncs of the catalogue hang, too")
+def _(story: Story) -> None:
+    disk_of(story).fails(Rule(PLACES["the catalogue"], "sync", delay_s=HANGS_S))
+
+
+@when("a client is answered in the session")
+def _(story: Story) -> None:
+    answer = talk(story, story.kept["session"])
+    assert answer.status == 200, answer.body
+
+
+@then("the log says that the catalogue's disk hangs, and what was not recorded")
+def _(story: Story) -> None:
+    told = story.hive.log_text
+    assert "the disk of the catalogue hangs" in told
+    assert f"session {story.kept['session']}: what was said is not recorded" in told
 
 
 @when("the disk of the catalogue fails, and the other one goes on")

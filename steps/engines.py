@@ -183,6 +183,12 @@ def _(story: Story, request_id: str) -> None:
     assert story.double.requests[-1]["headers"]["x-request-id"] == request_id
 
 
+@then("the engine was told the same request id")
+def _(story: Story) -> None:
+    told = story.double.requests[-1]["headers"]["x-request-id"]
+    assert told == story.answer.headers["x-request-id"]
+
+
 @then(parsers.parse('the engine was not told "{header}"'))
 def _(story: Story, header: str) -> None:
     assert header.lower() not in story.double.requests[-1]["headers"]

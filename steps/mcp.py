@@ -191,6 +191,7 @@ def _(agent: Agent, name: str) -> None:
 )
 def _(agent: Agent, name: str, clone: str, again: str) -> None:
     assert agent.call("window_status", window_name=name)["name"] == name
+    assert agent.call("window_verify", window_name=name)["status"] == "passed"
     assert agent.call("window_clone", window_name=name, new_name=clone)["name"] == clone
     thawed = agent.call("window_thaw", window_name=again)
     assert thawed["receipt"]["partial"] is False
@@ -351,9 +352,11 @@ def _(agent: Agent) -> None:
 @then("it gets the parts there are, and is told which one is missing")
 def _(agent: Agent) -> None:
     told = agent.told
+    assert told["result"].pop("lmcache") == {"source": "failed"}
+    assert all("source" not in part for part in told["result"].values())
     assert set(told["result"]) == {"windows", "thaws"}
     assert told["degraded"] is True
-    assert told["warnings"] == ["lmcache is missing: KV_SERVER_UNREACHABLE"]
+    assert told["warnings"] == ["lmcache failed (KV_SERVER_UNREACHABLE): skipping it"]
 
 
 # ── the program ─────────────────────────────────────────────────────────────────────────────────

@@ -1,5 +1,6 @@
 """Steps about PostgreSQL as the catalogue: a real server, which hangs or ends while hive runs."""
 
+import sys
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,6 +16,15 @@ from tests.postgres import Server, server
 
 PASSWORD = "g3heim"
 DATABASE = "hive"
+# hive, but with less patience.
+PROGRAM = """
+import runpy, sys
+import hive.storage.postgres as postgres
+
+postgres.LIMIT_S = 2.0
+sys.argv = sys.argv[sys.argv.index("hive") :]
+runpy.run_module("hive", run_name="__main__", alter_sys=True)
+"""
 
 
 @pytest.fixture(scope="session")
@@ -37,6 +47,7 @@ def _(story: Story, own_postgres: Server) -> None:
     url = own_postgres.url(DATABASE, password=PASSWORD)
     windows = story.hive.sections.setdefault("windows", {})
     windows |= {**SMALL, "catalogue_url": url}
+    story.hive.starter = (sys.executable, "-c", PROGRAM)
 
 
 @given("hive has a model with windows")

@@ -4,6 +4,7 @@ import hashlib
 import os
 import random
 import signal
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -13,18 +14,21 @@ from typing import Any
 import pytest
 from pytest_bdd import given, parsers, then, when
 
+from hive.workers.environment import managed_python
 from steps.driver import Answer, Hive
 from steps.memory import HEADER, WINDOWS, as_key
 from steps.operator import key_of
 from steps.real import START_S, really_serving
 from steps.story import CHAT
 from steps.waiting import must
+from tests.doubles import faulty_lmcache
 
 CHUNK = 32
 ARGS = ["--enforce-eager", "--max-model-len=16384", f"--block-size={CHUNK}"]
 SAY = [{"role": "user", "content": "the quick brown fox jumps over the lazy dog " * 40}]
 GO_ON = {"role": "user", "content": "and then"}
 DEADLINE_S = 60.0
+LMCACHE = "lmcache.cli.main"
 SEED = int(os.environ.get("KILLS_SEED", "0")) or random.SystemRandom().randrange(1, 10**6)
 
 
@@ -36,7 +40,8 @@ def cached_hive() -> Iterator[Hive]:
         {"name": n, "sha256": hashlib.sha256(key_of(n).encode()).hexdigest(), "scopes": s}
         for n, s in scopes.items()
     ]
-    small = {"kv_chunk_tokens": CHUNK, "kv_tier_gib": 1, "kv_ram_gib": 0.5}
+    server = [sys.executable, faulty_lmcache.__file__, str(managed_python()), "-m", LMCACHE]
+    small = {"kv_chunk_tokens": CHUNK, "kv_tier_gib": 1, "kv_ram_gib": 0.5, "kv_server": server}
     with really_serving(ARGS, keys=keys, key=key_of("operator"), windows=small) as hive:
         yield hive
 
@@ -277,3 +282,32 @@ def _later(told: Remembered) -> None:
     thawed, answer = _thawed(told.hive, "later")
     assert _cached(answer) == thawed["receipt"]["usable_tokens"]
     assert thawed["receipt"]["usable_tokens"] == frozen.json["blocks"] * CHUNK
+
+
+@when("LMCache comes back with loads that fail, now and then")
+def _faulty(told: Remembered) -> None:
+    hive = told.hive
+    told.starts = hive.worker("lmcache")["starts"], hive.worker()["starts"]
+    (hive.state / faulty_lmcache.FILE).write_text("0.3")
+    for process in hive.tree("lmcache")[1:]:
+        os.kill(process.pid, signal.SIGKILL)
+    _back(told)
+
+
+@then("the tokens are the same, and the engine's count tells what the cache did not give")
+def _fewer(told: Remembered) -> None:
+    assert told.answer is not None
+    assert told.answer.status == 200, told.answer.body
+    assert _tokens(told.answer) == told.expected
+    receipt = told.thawed["receipt"]
+    assert receipt["partial"] is False  # every block is there, and was seen to be whole
+    cached = _cached(told.answer)
+    assert cached < receipt["usable_tokens"]
+
+    def is_told() -> bool:
+        found = told.hive.ask("GET", f"{WINDOWS}/{told.name}", headers=as_key("ann")).json[
+            "receipt"
+        ]
+        return bool(found.get("cached_tokens") == cached)
+
+    must(is_told, 5, "the window's own receipt says so, too")

@@ -5,7 +5,9 @@ process; who breaks a server starts one of its own.
 """
 
 import asyncio
+import atexit
 import contextlib
+import functools
 import os
 import pwd
 import shutil
@@ -62,6 +64,11 @@ class Server:
             self._as |= {"user": who, "group": pwd.getpwnam(who).pw_gid, "extra_groups": []}
 
     def make(self) -> None:
+        if who := user():
+            shutil.chown(self.home, who)
+        subprocess.run(["cp", "-a", _empty() / "data", self.home], **self._as, check=True)
+
+    def initialise(self) -> None:
         if who := user():
             shutil.chown(self.home, who)
         argv = ["-D", str(self.home / "data"), "-U", "hive", "-A", "trust", "-E", "UTF8", "-N"]
@@ -169,6 +176,16 @@ class Server:
             self.process.wait(START_S)
         leaks.shared_pids.discard(self.process.pid)
         self.process = None
+
+
+@functools.cache
+def _empty() -> Path:
+    """What a server begins with: made once, and copied; it goes with this process."""
+    home = Path(tempfile.mkdtemp(prefix="hpg", dir="/tmp"))
+    atexit.register(shutil.rmtree, home, ignore_errors=True)
+    home.chmod(0o755)
+    Server(home).initialise()
+    return home
 
 
 @contextmanager

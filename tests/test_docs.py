@@ -4,6 +4,7 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 
+import click
 import pytest
 from pydantic import BaseModel
 
@@ -20,7 +21,10 @@ SECTIONS = {
 } | {"auth": ApiKey, "models": Model}
 
 
-@pytest.mark.parametrize(("name", "write"), generate.PAGES.items(), ids=generate.PAGES)
+WRITTEN = {**generate.PAGES, **generate.DATA}
+
+
+@pytest.mark.parametrize(("name", "write"), WRITTEN.items(), ids=WRITTEN)
 def test_a_page_is_what_the_code_generates(name: str, write: Callable[[], str]) -> None:
     """After a change of what it describes: make docs."""
     assert (DOCS / name).read_text() == write(), f"docs/{name} is out of date: run `make docs`"
@@ -112,3 +116,74 @@ def test_a_range_names_all_that_lie_in_it(tmp_path: Path) -> None:
     tmp_path.joinpath("x").write_text(f"({ids[0]}-{ids[2]}, {ids[3]}) XR0011 R1234")
 
     assert sorted(generate.ids_in(tmp_path.joinpath("x").read_text())) == ids
+
+
+HAND_WRITTEN = sorted(
+    path
+    for path in (generate.DOCS.parent / "README.md", *generate.DOCS.rglob("*.md"))
+    if path.name not in generate.PAGES
+)
+
+
+@pytest.mark.parametrize("path", HAND_WRITTEN, ids=lambda path: path.name)
+def test_what_is_written_by_hand_names_only_what_exists(path: Path) -> None:
+    """Commands, settings, metrics, endpoints and links: an operator types what is written."""
+    text = path.read_text()
+    quoted = [
+        one[1] or one[2] for one in re.finditer(r"```\w*\n(.*?)```|`([^`\n]+)`", text, re.DOTALL)
+    ]
+    wrong = [*_unknown_commands(quoted), *_unknown_settings(quoted), *_unknown_metrics(quoted)]
+    wrong += _unknown_endpoints(quoted)
+    links = re.findall(r"\]\(([^)#\s]+)(?:#[^)]*)?\)", text)
+    wrong += [link for link in links if "://" not in link and not (path.parent / link).exists()]
+    assert wrong == []
+
+
+def _unknown_commands(quoted: list[str]) -> list[str]:
+    """`hive window freeze` is one; of a group an unknown part is wrong, of a command an option."""
+    commands = {name: command for name, command, _ in generate.commands()}
+    said = re.findall(r"(?m)(?:^|[(;&|$] ?)(hive(?: [^\s;|&)#'\"]+)+)", "\n".join(quoted))
+    # `hive 0.1.0, …` is what `hive status` prints.
+    typed = [words for line in said if not (words := line.split())[1][0].isdigit()]
+    return [" ".join(words) for words in typed if not _is_command(words, commands)]
+
+
+def _is_command(words: list[str], commands: dict[str, click.Command]) -> bool:
+    prefixes = [" ".join(words[:count]) for count in range(1, len(words) + 1)]
+    name = max((prefix for prefix in prefixes if prefix in commands), key=len)
+    rest = words[len(name.split()) :]
+    if any(other.startswith(f"{name} ") for other in commands) and rest[:1] != ["--version"]:
+        return not rest  # a group by itself
+    options = {
+        option
+        for parameter in commands[name].params
+        for option in (*parameter.opts, *parameter.secondary_opts)
+    }
+    flags = {
+        word.strip("[]").partition("=")[0] for word in rest if word.lstrip("[").startswith("-")
+    }
+    return flags <= options | {"--help", "--version"}
+
+
+def _unknown_settings(quoted: list[str]) -> list[str]:
+    named = re.findall(rf"\b({'|'.join(SECTIONS)})\.([a-z][a-z0-9_]*)\b", "\n".join(quoted))
+    own = {section: set(kind.model_fields) | {"py", "jsonl"} for section, kind in SECTIONS.items()}
+    return [  # after `models.` comes a model's name
+        f"{section}.{key}"
+        for section, key in named
+        if section != "models" and key not in own[section]
+    ]
+
+
+def _unknown_metrics(quoted: list[str]) -> list[str]:
+    text = Metrics([("llama-0", "llama")]).text()[0].decode()
+    known = set(re.findall(r"^# TYPE (\w+)", text, re.MULTILINE))
+    known |= {f"{name}_{end}" for name in known for end in ("bucket", "sum", "count")}
+    named = re.findall(r"(?<![\w:/.])(hive_[a-z_]+)(?![\w*…])", "\n".join(quoted))
+    return [name for name in named if name not in known]
+
+
+def _unknown_endpoints(quoted: list[str]) -> list[str]:
+    page = (DOCS / "http.md").read_text()
+    named = re.findall(r"(/hive/v1(?:/[a-z]+)?)(?![\w{…])", "\n".join(quoted))
+    return [path for path in named if path != "/hive/v1" and f"`{path}" not in page]

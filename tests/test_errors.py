@@ -36,8 +36,10 @@ STATUS = {
         "SESSION_ALREADY_FROZEN",
         "WINDOW_ALREADY_EXISTS",
         "SESSION_NOT_ACTIVE",
+        "RELOAD_REFUSED",
     },
     413: {"PAYLOAD_TOO_LARGE"},
+    422: {"CONFIG_INVALID"},  # of a reload; else it ends the start
     429: {"RATE_LIMITED"},
     499: {"REQUEST_CANCELLED"},
     500: {
@@ -53,7 +55,6 @@ STATUS = {
         "STORAGE_READ_FAILED",
         "STORAGE_CORRUPTED",
         # Never sent over HTTP: they end the start, or the command line.
-        "CONFIG_INVALID",
         "ADDRESS_IN_USE",
         "DAEMON_UNREACHABLE",
     },
@@ -64,6 +65,7 @@ STATUS = {
         "ENGINE_UNREACHABLE",
         "KV_SERVER_UNREACHABLE",
         "STORE_UNREACHABLE",
+        "STORE_CREDENTIALS_REFUSED",
     },
     503: {
         "SERVICE_UNAVAILABLE",
@@ -155,6 +157,7 @@ LOUDER = {
     "WORKER_HUNG",
     "LOADING_TIMEOUT",
     "CONFIG_INVALID",
+    "RELOAD_REFUSED",
     "ADDRESS_IN_USE",
 }
 

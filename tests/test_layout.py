@@ -15,6 +15,7 @@ NO_TWIN = {
     "cli/serve": "starts the daemon: every feature; its exit codes in tests/cli/test_init",
     "cli/engine": "its commands run in tests/cli/test_installing",
     "cli/status": "asks a daemon: features/operating",
+    "cli/reload": "asks a daemon: tests/cli/test_audit and features/operating",
     "cli/worker": "asks a daemon: features/operating",
     "workers/ports": "a Protocol, nothing that runs",
     "storage/migrations/env": "Alembic runs it: tests/storage/test_tables",

@@ -574,7 +574,8 @@ def test_only_the_fleet_makes_plans_and_a_worker_keeps_its_own() -> None:
         for piece in uses(name)
         if not isinstance(getattr(piece.node, "ctx", None), ast.Load)
     }
-    assert stored == {"workers/worker.__init__: self.plan"}
+    # A reload changes its limits and nothing else: see the next test.
+    assert stored == {"workers/worker.__init__: self.plan", "workers/worker.apply: self.plan"}
 
 
 def test_nothing_makes_a_changed_copy_of_a_plan_a_model_or_the_settings() -> None:
@@ -593,8 +594,12 @@ def test_nothing_makes_a_changed_copy_of_a_plan_a_model_or_the_settings() -> Non
 
     # A path as LMCache writes it in the name of a file: a text.
     assert copies <= {"windows/engines: model.replace('-SEP-', '/')"}
-    # How long a process may survive SIGKILL is the guard's business.
-    assert plans <= {"workers/worker: replace(launch, kill_s=self.plan.timeouts.kill_s)"}
+    assert plans <= {
+        # How long a process may survive SIGKILL is the guard's business.
+        "workers/worker: replace(launch, kill_s=self.plan.timeouts.kill_s)",
+        # A reload's.
+        "workers/worker: replace(self.plan, timeouts=timeouts, restarts=restarts, drain_s=drain_s)",
+    }
 
 
 def test_what_is_launched_is_what_was_planned() -> None:
@@ -693,6 +698,12 @@ def test_the_one_place_that_leaves_a_devices_error_unsaid_only_learns_of_pids() 
         if called(piece.node) == "suppress" and names_in(piece.node) & caught
     }
 
-    # The others ask no device: a worker that was stopped just now, a database that is away.
-    others = {"__main__._tidy_up", "workers/fleet._renew", "windows/sessions._expiring"}
+    # The others ask no device: a worker that was stopped just now, a database that is away, a
+    # reload that has told by itself why nothing has changed.
+    others = {
+        "__main__._tidy_up",
+        "daemon.reload",
+        "workers/fleet._renew",
+        "windows/sessions._expiring",
+    }
     assert suppressing - others == {"devices/watch.see_pids"}

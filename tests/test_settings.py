@@ -186,12 +186,15 @@ def test_every_scalar_of_a_fixed_section_can_come_from_the_environment(
     values = {
         name: str(value or "1")  # the default again, which is always valid
         for name in type(default).model_fields
-        if not isinstance(value := getattr(default, name), tuple)
+        if not isinstance(value := getattr(default, name), tuple | dict)
     }
     if "catalogue_url" in values:  # empty means another thing in the environment
         values["catalogue_url"] = "postgresql:///hive"
     if "backup_dir" in values:
         values["backup_dir"] = "/srv/backups"
+    if "webhook_url" in values:
+        values["webhook_url"] = "http://127.0.0.1:9093/api/v2/alerts"
+        del values["webhook_token_file"]  # instead of the token
     for name, value in values.items():
         monkeypatch.setenv(f"HIVE_{section.upper()}__{name.upper()}", value)
     text = f"[{section}]\n" + "".join(f"{name} = -1\n" for name in values) + MODEL
@@ -294,7 +297,7 @@ def test_all_problems_are_reported_at_once(problems: Problems) -> None:
 
     assert sorted(found) == sorted(
         [
-            "typo: unknown key; known here: server, timeouts, restarts, breaker, auth, windows, models",
+            "typo: unknown key; known here: server, timeouts, restarts, breaker, auth, windows, alerts, audit, models",
             "server.port: input should be less than or equal to 65535 (got 99999)",
             "server.hots: unknown key; did you mean 'host'?",
             "server.gpu_error_policy: input should be 'exit' or 'quarantine' (got 'ignore')",

@@ -262,7 +262,7 @@ Feature: The disk fails
       Given hive is serving a model with windows, on a disk that may fail
       And a session that is frozen as "monday"
       And block 3 is missing in the window
-      And a bit is flipped in the first read of the KV tier
+      And a bit is flipped in the first read of what is linked again
       When a client repairs "monday"
       Then 0 blocks were had from the KV tier, and 1 computed again
       When a client thaws "monday", all of it or nothing
@@ -298,7 +298,7 @@ Feature: The disk fails
         | renames | the window's folder    |
         | syncs   | the windows' directory |
 
-    @R107
+    @R107 @R075
     Scenario: A disk that hangs for good
       Given hive is serving a model with windows in haste, on a disk that may fail
       And a session in which something was answered
@@ -307,7 +307,10 @@ Feature: The disk fails
       Then the freeze ends with OPERATION_TIMEOUT within 5 seconds
       And clients are answered at normal speed
       And the session takes requests
-      And hive stops within 10 seconds, though the disk hangs
+      When syncs of the catalogue hang, too
+      And a client is answered in the session
+      Then hive stops within 10 seconds, though the disk hangs
+      And the log says that the catalogue's disk hangs, and what was not recorded
       When hive is started on a disk that works
       Then nothing is left of it
       And a client can freeze the session as "monday"

@@ -34,7 +34,7 @@ Feature: The catalogue in PostgreSQL
 
   Rule: Only what needs it fails, in time, and by itself it is served again
 
-    @R076
+    @R076 @R171
     Scenario Outline: PostgreSQL <fails> while hive runs
       Given the catalogue is a PostgreSQL database
       And hive is serving a model with windows
@@ -42,7 +42,7 @@ Feature: The catalogue in PostgreSQL
       And another session in which something was answered
       And its answer is written down
       When PostgreSQL <fails>
-      Then freeze, thaw, list and a chat in a session are refused with STORE_UNREACHABLE within 12 seconds
+      Then freeze, thaw, list and a chat in a session are refused with STORE_UNREACHABLE within 6 seconds
       And chats without a session are answered meanwhile
       When PostgreSQL is back
       Then a client can freeze the session as "tuesday"

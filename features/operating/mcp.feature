@@ -66,7 +66,7 @@ Feature: Tools for agents
       When the agent tries to delete "monday"
       Then the tool fails with DAEMON_UNREACHABLE
 
-    @R172 @R262
+    @R172 @R262 @R213 @R219 @R171
     Scenario: A part of hive is down
       Given hive is serving a model with windows
       And LMCache does not answer its health check

@@ -39,6 +39,34 @@ Feature: Metrics
       And the metrics count 1 exit by signal
       And the metrics say that the worker is READY
 
+  Rule: Under load the numbers are still those of the clients and of the engines
+
+    @R183 @R184 @R252
+    Scenario: A mixed load is recounted
+      Given two models, the first with little room
+      And hive serves whoever has a key
+      When many clients ask both for everything, some too soon, some too long, and some leave
+      And the second engine hangs up once and fails now and then
+      And the first engine crashes while it answers
+      Then the metrics count what the clients counted
+      And the metrics count what the engines wrote down
+      And the metrics count each call of an operation by its outcome
+      And the metrics time one recovery of the first engine
+      When clients make up models, paths, methods, keys and ids
+      Then no series has been added by that
+
+  Rule: The engines' own numbers are on the same page
+
+    Scenario: Each engine's under the name of its worker, whatever one of them does
+      Given two models, the first with little room
+      And hive is serving
+      Then the page has both engines' numbers beside hive's
+      And the page can be read as text, as OpenMetrics and by promtool
+      When the second engine does not answer for its metrics any more
+      Then the page is there without the second engine's numbers, and says so
+      When the second engine does not exist any more
+      Then the page is there without the second engine's numbers
+
   Rule: Everything is there from the start
 
     Scenario Outline: <family>

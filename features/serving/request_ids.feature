@@ -15,11 +15,13 @@ Feature: Request ids
       Given hive is serving
       When a client asks for a chat
       Then the answer has a request id that hive made
+      And the engine was told the same request id
 
     Scenario Outline: <why>
       Given hive is serving
       When a client asks for a chat with the request id "<id>"
       Then the answer has a request id that hive made
+      And the engine was told the same request id
 
       Examples:
         | why                            | id        |

@@ -17,6 +17,7 @@ COMMANDS = {
     "serve": ("hive.cli.serve", "serve", "Run the daemon in the foreground."),
     "check": ("hive.cli.serve", "check", "Try the configuration without serving."),
     "status": ("hive.cli.status", "status", "Show the daemon, its models and workers."),
+    "alerts": ("hive.cli.alerts", "alerts", "Show what escalated, and what waits to be sent."),
     "health": ("hive.cli.health", "health", "Say whether hive and all of its parts are well."),
     "test-connection": (
         "hive.cli.health",
@@ -40,6 +41,8 @@ COMMANDS = {
         "devices",
         "Show the GPUs: condition, memory, and who holds them.",
     ),
+    "reload": ("hive.cli.reload", "reload", "Read the configuration again, without a restart."),
+    "audit": ("hive.cli.audit", "audit", "Show who did what, and prove that nobody changed it."),
     "leaks": ("hive.cli.leaks", "leaks", "Show what workers did not give back."),
     "sweep": ("hive.cli.leaks", "sweep", "Clear what a hive that was killed left behind."),
     "key": ("hive.cli.key", "key", "Make, list and revoke API keys."),

@@ -18,7 +18,7 @@ from hive.errors import ConfigInvalid, Conflict, NotFound
 from hive.settings import DEFAULT_FILES, text_of
 
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,63}\Z")
-APPLIES = "It applies when hive is started the next time."
+APPLIES = "It applies with the next 'hive reload', or when hive is started the next time."
 
 
 @click.group()

@@ -2,6 +2,7 @@
 
 import json
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import click
 from hive.cli.output import error_body, json_option, lines_of, print_json, print_table, say
 from hive.errors import HiveError
 from hive.policy.visible import visible
-from hive.settings import Settings, load
+from hive.settings import Settings, default_file, load
 
 config_option = click.option(
     "--config",
@@ -55,9 +56,11 @@ def serve(config: Path | None, **server: Any) -> int:
 
     logs.configure()  # first: what is wrong must not wait for whoever reads stderr
     try:
-        settings = _load(config, **server)
+        # A file that vanishes later must not make another one hive's.
+        reread = partial(_load, config or default_file(), **server)
+        settings = reread()
         logs.set_level(settings.server.log_level)
-        uvloop.run(run(settings))
+        uvloop.run(run(settings, reread))
     except HiveError as exc:
         _fail(exc)
         return exc.exit_code

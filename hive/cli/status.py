@@ -19,7 +19,8 @@ def status(as_json: bool, **daemon: Any) -> None:
         return
     state = "draining" if found["draining"] else "ready" if found["ready"] else "not ready"
     say(
-        f"hive {found['version']}, pid {found['pid']}, {state}, up "
+        f"hive {found['version']}, pid {found['pid']}, {state}, "
+        f"service level {found['service_level']}, up "
         f"{found['uptime_seconds']:.0f} s, {found['in_flight']} requests in flight"
     )
     rows = [

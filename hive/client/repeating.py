@@ -14,7 +14,6 @@ from hive.policy.control import Operation, delay_s, may_repeat, policy_of
 from hive.policy.retries import ONCE, RETRIES, RetryPolicy
 
 Ask = Callable[[float], Awaitable[Any]]  # hears how many seconds it may take
-TRIED = "tried"  # an attribute of an error that was given up
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,14 +5,25 @@ import os
 import time
 from collections.abc import Awaitable, Callable
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Annotated, Any, BinaryIO, TypedDict
 
+import msgspec
 from aiohttp import web
 
 from hive import __version__
 from hive.devices.watch import Devices, Watched
-from hive.errors import NotFound, StorageReadFailed, ValidationFailed
+from hive.errors import (
+    CudaDeviceFailed,
+    ModelNotFound,
+    NotFound,
+    ServiceUnavailable,
+    StorageReadFailed,
+    ValidationFailed,
+)
+from hive.gateway import shapes
+from hive.gateway.alerts import Told
 from hive.gateway.auth import Caller
+from hive.gateway.openapi import EVENTS, TEXT, described
 from hive.gateway.stream import EventStream
 from hive.gateway.traffic import Passage, Traffic
 from hive.policy.redaction import for_clients, without_secrets
@@ -31,7 +42,22 @@ PIECE_LINES = 1000  # that are redacted in one go, while nothing else runs
 HELD_BYTES = 256 * 1024  # of a followed line that does not end
 SECRET_BYTES = 1024  # longer than any secret
 
-MetricsText = Callable[[], tuple[bytes, str]]
+# Of an Accept header: the text that it prefers, and its content type.
+MetricsText = Callable[[str], Awaitable[tuple[bytes, str]]]
+OPENMETRICS = "application/openmetrics-text"
+
+
+class OfModel(TypedDict, total=False):
+    model: Annotated[str, msgspec.Meta(description="Of this model alone.")]
+
+
+class LogWanted(TypedDict, total=False):
+    lines: Annotated[
+        int, msgspec.Meta(ge=0, le=LOG_LINES_MOST, description="So many of the last ones; 200.")
+    ]
+    follow: Annotated[
+        str, msgspec.Meta(description="1 or true: what is written from now on, until hive ends.")
+    ]
 
 
 class Admin:
@@ -46,8 +72,9 @@ class Admin:
         events: EventStream,
         metrics: MetricsText,
         drain: Callable[[], None],
+        alerts: Told,
     ) -> None:
-        self._drain = drain
+        self._drain, self._alerts = drain, alerts
         self._fleet, self._traffic = fleet, traffic
         self._devices, self._ledger = devices, ledger
         self._events, self._metrics = events, metrics
@@ -74,12 +101,16 @@ class Admin:
             web.get("/hive/v1/leaks", self.leaks),
         ]
 
+    @described({200: shapes.Livez})
     async def livez(self, _request: web.Request) -> web.Response:
         """The event loop runs; nothing else is claimed."""
         return web.json_response(
             {"status": "alive", "version": __version__, "api_version": API_VERSION}
         )
 
+    @described(
+        {200: shapes.Readiness, 503: shapes.Readiness}, query=OfModel, errors=[ModelNotFound]
+    )
     async def readyz(self, request: web.Request) -> web.Response:
         """200 while at least one model can serve; with ?model=NAME, while that one can."""
         models = self._models()
@@ -102,11 +133,13 @@ class Admin:
             model["workers"][worker.id] = str(worker.state)
         return models
 
-    async def metrics(self, _request: web.Request) -> web.Response:
-        """Prometheus' text format (docs/metrics.md)."""
-        text, content_type = self._metrics()
+    @described({200: str}, content=(TEXT, OPENMETRICS))
+    async def metrics(self, request: web.Request) -> web.Response:
+        """hive's metrics and its engines', in Prometheus' text format or OpenMetrics."""
+        text, content_type = await self._metrics(request.headers.get("Accept", ""))
         return web.Response(body=text, headers={"Content-Type": content_type})
 
+    @described({200: shapes.DaemonStatus})
     async def status(self, _request: web.Request) -> web.Response:
         """The daemon, its models and the states of their workers."""
         return web.json_response(
@@ -118,10 +151,12 @@ class Admin:
                 "ready": self._fleet.can_serve,
                 "draining": self._fleet.is_draining,
                 "in_flight": sum(w.in_flight for w in self._fleet.workers.values()),
+                "service_level": self._alerts.service_level,
                 "models": self._models(),
             }
         )
 
+    @described({200: shapes.Requests})
     async def requests(self, request: web.Request) -> web.Response:
         """What is in flight: everything for an admin, a caller's own otherwise."""
         caller: Caller = request["caller"]
@@ -130,6 +165,7 @@ class Admin:
         others = [view for view in views if view["request_id"] != passage.request_id]
         return web.json_response({"requests": others})
 
+    @described({204: None}, errors=[NotFound])
     async def cancel(self, request: web.Request) -> web.Response:
         """End a request: its engine is told at once, its client gets REQUEST_CANCELLED."""
         caller: Caller = request["caller"]
@@ -138,12 +174,14 @@ class Admin:
         )
         return web.Response(status=204)
 
+    @described({202: shapes.Draining})
     async def drain(self, _request: web.Request) -> web.Response:
         """As SIGTERM: refuse what is new, let what runs finish within drain_s, end with 0."""
         self._fleet.refuse()
         self._drain()
         return web.json_response({"status": "draining"}, status=202)
 
+    @described({200: str}, content=EVENTS, headers={"Last-Event-ID": "Go on after this event."})
     async def events(self, request: web.Request) -> web.StreamResponse:
         """Server-sent events; resumes after Last-Event-ID."""
         response = web.StreamResponse(
@@ -164,14 +202,17 @@ class Admin:
         await response.write_eof()
         return response
 
+    @described({200: shapes.Workers})
     async def workers(self, _request: web.Request) -> web.Response:
         """Every worker: id, model, state, device, reason and more; the LMCache server, too."""
         return web.json_response({"workers": [self._view(w) for w in self._fleet.everyone()]})
 
+    @described({200: shapes.WorkerView})
     async def worker(self, request: web.Request) -> web.Response:
         """One worker."""
         return web.json_response(self._view(self._find(request)))
 
+    @described({202: shapes.WorkerView}, errors=[ServiceUnavailable, CudaDeviceFailed])
     async def act(self, request: web.Request) -> web.Response:
         """202 once the worker has left its old state."""
         worker = self._find(request)
@@ -197,15 +238,18 @@ class Admin:
     def _find(self, request: web.Request) -> Worker:
         return self._fleet.worker(request.match_info["id"])
 
+    @described({200: shapes.Devices})
     async def devices(self, _request: web.Request) -> web.Response:
         """The configured GPUs: condition, memory, processes, the last Xids."""
         views = [self._device_view(watched) for watched in self._devices.watched.values()]
         return web.json_response({"devices": views})
 
+    @described({200: shapes.DeviceView})
     async def device(self, request: web.Request) -> web.Response:
         """One GPU, by its id or UUID."""
         return web.json_response(self._device_view(self._devices.find(request.match_info["id"])))
 
+    @described({202: shapes.DeviceView}, errors=[ServiceUnavailable, CudaDeviceFailed])
     async def release(self, request: web.Request) -> web.Response:
         """Trust a quarantined GPU again: 202 once the workers that waited for it start."""
         watched = self._devices.find(request.match_info["id"])
@@ -220,12 +264,16 @@ class Admin:
         ]
         return {**self._devices.view(watched), "workers": workers}
 
+    @described({200: shapes.Leaks})
     async def leaks(self, _request: web.Request) -> web.Response:
         """What workers left behind and has not been given back since."""
         return web.json_response({"leaks": [leak.view() for leak in await self._ledger.recheck()]})
 
     # ── logs ────────────────────────────────────────────────────────────────────────────────────
 
+    @described(
+        {200: str}, content=TEXT, query=LogWanted, errors=[ValidationFailed, StorageReadFailed]
+    )
     async def logs(self, request: web.Request) -> web.StreamResponse:
         """The end of a worker's log (?lines=N, 200), and what follows (?follow=1)."""
         worker = self._find(request)

@@ -3,40 +3,53 @@
 import asyncio
 import logging
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
+from http import HTTPStatus
+from typing import TYPE_CHECKING, Protocol
 
 from aiohttp import web
 
 from hive.devices.watch import Devices
 from hive.errors import (
+    Forbidden,
     HiveError,
     HttpError,
     InternalError,
     NotFound,
     RequestCancelled,
     ServiceUnavailable,
+    Unauthorized,
 )
-from hive.events import COUNTED, Announcer, request_id_var
+from hive.events import COUNTED, Announcer, KeyRefused, request_id_var
 from hive.gateway import problems
 from hive.gateway.admin import Admin, MetricsText
+from hive.gateway.alerts import AlertsApi, Told
 from hive.gateway.answer import ClientLeft
 from hive.gateway.auth import Doorkeeper
-from hive.gateway.backups import BackupsApi
 from hive.gateway.health import Health
 from hive.gateway.inference import Inference
 from hive.gateway.line import sent
 from hive.gateway.listener import Entrance
+from hive.gateway.openapi import OpenApi
 from hive.gateway.stream import EventStream
 from hive.gateway.traffic import Passage, Traffic
-from hive.gateway.windows import WindowsApi
 from hive.settings import Settings
-from hive.windows.keeping import Keeping
 from hive.workers.admission import DRAINING_HINT_S
 from hive.workers.fleet import Fleet
 from hive.workers.ledger import Ledger
 
+if TYPE_CHECKING:
+    from hive.windows.keeping import Keeping
+
 log = logging.getLogger(__name__)
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
+_CONTINUE = "100-continue"
+
+
+class Api(Protocol):
+    """Handlers that somebody else made."""
+
+    def routes(self) -> list[web.RouteDef]: ...
 
 
 class Gateway:
@@ -51,32 +64,53 @@ class Gateway:
         announcer: Announcer,
         metrics: MetricsText,
         drain: Callable[[], None],
-        keeping: Keeping | None = None,
+        alerts: Told,
+        keeping: "Keeping | None" = None,
+        apis: Sequence[Api] = (),
     ) -> None:
-        """`drain` is what a SIGTERM does; `keeping` is there where a model has windows."""
+        """`drain` is what a SIGTERM does; `keeping` is there where a model has windows.
+
+        `apis` are served beside what is the gateway's own.
+        """
+        self._announcer = announcer
         self._doorkeeper = Doorkeeper(settings.auth.keys)
         self._traffic = Traffic(announcer)
         stream = EventStream()
         announcer.listen(stream.hear, deaf_to=COUNTED)
-        self._admin = Admin(fleet, devices, ledger, self._traffic, stream, metrics, drain)
+        self._admin = Admin(fleet, devices, ledger, self._traffic, stream, metrics, drain, alerts)
         sessions = keeping.sessions if keeping else None
         self._inference = Inference(settings, fleet, announcer, sessions)
         self.app = web.Application(middlewares=[self._answer])
+        self.app.on_response_prepare.append(_sign_a_stream)
         self.app.add_routes([*self._admin.routes(), *self._inference.routes()])
         self.app.add_routes(Health(fleet, devices, ledger, keeping).routes())
+        own: tuple[Api, ...] = (OpenApi(), AlertsApi(alerts))
+        for api in (*own, *apis):
+            self.app.add_routes(api.routes())
         if keeping is not None:
+            # With them comes the database's library, which a hive without windows does without.
+            from hive.gateway.backups import BackupsApi  # noqa: PLC0415
+            from hive.gateway.windows import WindowsApi  # noqa: PLC0415
+
             windows = WindowsApi(keeping.sessions, keeping.windows)
             backups = BackupsApi(windows, keeping.windows, keeping.backups)
             self.app.add_routes([*windows.routes(), *backups.routes()])
+
+    def apply(self, settings: Settings) -> None:
+        """What may change while hive runs, for requests that come from now on."""
+        self._doorkeeper.apply(settings.auth.keys)
+        self._inference.apply(settings)
 
     def entrance(self, routed: Entrance) -> Entrance:
         """What every request meets first: inference goes past aiohttp's routing, the rest there."""
         inference = self._inference
 
         def enter(request: web.BaseRequest) -> Awaitable[web.StreamResponse]:
+            assert isinstance(request, web.Request)
             if inference.takes(request):
-                assert isinstance(request, web.Request)
                 return self._answer(request, inference.infer)
+            if request.headers.get("Expect", _CONTINUE).lower() != _CONTINUE:
+                return self._answer(request, _unexpected)  # aiohttp would refuse it by itself
             return routed(request)
 
         return enter
@@ -145,16 +179,37 @@ class Gateway:
                 _sign(response, passage)
             return response
         passage.code = error.code
+        if isinstance(error, Unauthorized | Forbidden):
+            self._announcer.announce(_refused(error, passage))
         transport = request.transport
         if transport is None or transport.is_closing() or request.method == "HEAD":
             return _sign(problems.response(error, passage.request_id), passage)
         return problems.write(error, request, transport, passage.request_id)
 
 
+def _refused(error: HiveError, passage: Passage) -> KeyRefused:
+    key, fingerprint = error.details.get("key"), error.details.get("fingerprint")
+    return KeyRefused(error.code, passage.key or key or "", fingerprint or "")
+
+
+async def _unexpected(_request: web.Request) -> web.StreamResponse:
+    raise HttpError(
+        "hive knows no other Expect than 100-continue.",
+        status=HTTPStatus.EXPECTATION_FAILED,
+        action="Send the request without Expect.",
+    )
+
+
 def _sign(response: web.StreamResponse, passage: Passage) -> web.StreamResponse:
     response.headers["X-Request-Id"] = passage.request_id
     response.headers["Server"] = "hive"  # not the library and its version
     return response
+
+
+async def _sign_a_stream(request: web.Request, response: web.StreamResponse) -> None:
+    """A handler that streams sends the head by itself."""
+    if (passage := request.get("passage")) is not None:
+        _sign(response, passage)
 
 
 def _from_aiohttp(exc: web.HTTPException) -> HiveError:

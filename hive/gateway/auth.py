@@ -19,7 +19,9 @@ from hive.settings import ApiKey
 Scope = Literal["inference", "admin", "metrics", "any", "nobody"]
 
 _PUBLIC = frozenset({"/livez", "/readyz"})
-_ADMIN = re.compile(r"/hive/v1/(workers|devices|drain|leaks|events)\b|/v1/(un)?load_lora_adapter\Z")
+_ADMIN = re.compile(
+    r"/hive/v1/(workers|devices|drain|leaks|events|alerts|audit|reload)\b|/v1/(un)?load_lora_adapter\Z"
+)
 _NOWHERE = ""
 _KEY_LENGTH = 512  # longer than any key: not worth hashing
 
@@ -94,19 +96,20 @@ class Doorkeeper:
     """Checks each request against the configured keys."""
 
     def __init__(self, keys: tuple[ApiKey, ...]) -> None:
-        self._keys = [
-            (
-                bytes.fromhex(key.sha256),
-                Caller(
-                    key.name,
-                    frozenset(key.scopes),
-                    Quota(key.max_concurrent, key.requests_per_minute),
-                    Priority[key.priority.upper()],
-                    Priority[key.priority.upper()],
-                ),
-            )
-            for key in keys
-        ]
+        self._keys: list[tuple[bytes, Caller]] = []
+        self.apply(keys)
+
+    def apply(self, keys: tuple[ApiKey, ...]) -> None:
+        """These keys, for requests that come from now on; what each has in use still counts."""
+        quotas = {caller.name: caller.quota for _, caller in self._keys}
+        found = []
+        for key in keys:
+            quota = quotas.get(key.name) or Quota(0, 0)
+            quota.max_concurrent, quota.per_minute = key.max_concurrent, key.requests_per_minute
+            priority = Priority[key.priority.upper()]
+            caller = Caller(key.name, frozenset(key.scopes), quota, priority, priority)
+            found.append((bytes.fromhex(key.sha256), caller))
+        self._keys = found
 
     def admit(self, request: web.Request) -> Caller:
         """The caller. Raises Unauthorized without a known key, Forbidden without the scope."""
@@ -117,7 +120,9 @@ class Doorkeeper:
             return ANYONE
         caller = self._find(_presented(request))
         if scope != "any" and not caller.may(scope):
-            raise Forbidden(f"This key does not have the {scope} scope.", required_scope=scope)
+            raise Forbidden(
+                f"This key does not have the {scope} scope.", required_scope=scope, key=caller.name
+            )
         return caller
 
     def _find(self, presented: str) -> Caller:

@@ -8,8 +8,30 @@ from typing import Any
 import msgspec
 from aiohttp import web
 
+from hive.errors import (
+    InvalidParameter,
+    InvalidWindowName,
+    ModelIncompatible,
+    NotFound,
+    PayloadTooLarge,
+    StorageCorrupted,
+    StorageQuotaExceeded,
+    StorageReadFailed,
+    StorageWriteFailed,
+    WindowAlreadyExists,
+)
+from hive.gateway import shapes
+from hive.gateway.openapi import EVENTS, JSON, described
 from hive.gateway.windows import (
+    MOST_OFFSET,
+    OF_A_BODY,
+    OF_A_WINDOW,
+    OF_AN_OPERATION,
+    OF_AN_OWNER,
     PAGE,
+    Limit,
+    Offset,
+    OfOwner,
     WindowsApi,
     body_of,
     caller_of,
@@ -34,6 +56,12 @@ class RestoreWanted(msgspec.Struct, forbid_unknown_fields=True):
     name: str | None = None
 
 
+class BackupsWanted(OfOwner, total=False):
+    window: str
+    limit: Limit
+    offset: Offset
+
+
 class BackupsApi:
     """Handlers; what they do is hive/windows/backups.py."""
 
@@ -49,10 +77,15 @@ class BackupsApi:
             web.delete("/hive/v1/backups/{window}/{timestamp}", self.delete),
         ]
 
+    @described(
+        {200: shapes.Backups},
+        query=BackupsWanted,
+        errors=[*OF_AN_OWNER, InvalidParameter, InvalidWindowName, StorageReadFailed],
+    )
     async def backups(self, request: web.Request) -> web.Response:
         """The caller's, the newest first, in pages (?window=, limit=, offset=)."""
         owner, window = owner_of(request), request.query.get("window")
-        begin = number_of(request, "offset", 0, 10**9)
+        begin = number_of(request, "offset", 0, MOST_OFFSET)
         end = begin + number_of(request, "limit", PAGE, MOST_PAGE, 1)
         found, unreadable = await self._backups.listed(owner, window)
         more: dict[str, Any] = {"next_offset": end} if len(found) > end else {}
@@ -60,6 +93,13 @@ class BackupsApi:
             more["unreadable"] = [{"file": one.file, "why": one.why} for one in unreadable]
         return web.json_response({"backups": [_backup(one) for one in found[begin:end]], **more})
 
+    @described(
+        {201: shapes.BackupView},
+        body=NewBackup,
+        query=OfOwner,
+        content=(JSON, EVENTS),
+        errors=[*OF_A_BODY, *OF_A_WINDOW, *OF_AN_OPERATION, StorageCorrupted, StorageQuotaExceeded],
+    )
     async def create(self, request: web.Request) -> web.StreamResponse:
         """Back a window up into a file: 201, the backup."""
         wanted = await body_of(request, NewBackup)
@@ -74,6 +114,23 @@ class BackupsApi:
 
         return await self._answer(request, work, status=201)
 
+    @described(
+        {201: shapes.RestoredWindow},
+        body=RestoreWanted,
+        query=OfOwner,
+        content=(JSON, EVENTS),
+        errors=[
+            *OF_A_BODY,
+            *OF_A_WINDOW,
+            *OF_AN_OPERATION,
+            NotFound,
+            ModelIncompatible,
+            WindowAlreadyExists,
+            StorageCorrupted,
+            StorageQuotaExceeded,
+            PayloadTooLarge,
+        ],
+    )
     async def restore(self, request: web.Request) -> web.StreamResponse:
         """A window from its newest backup, or the one that is named: 201, the window."""
         wanted = await body_of(request, RestoreWanted)
@@ -92,6 +149,11 @@ class BackupsApi:
 
         return await self._answer(request, work, status=201)
 
+    @described(
+        {204: None},
+        query=OfOwner,
+        errors=[*OF_A_WINDOW, NotFound, InvalidParameter, StorageReadFailed, StorageWriteFailed],
+    )
     async def delete(self, request: web.Request) -> web.Response:
         """The file goes; the window stays."""
         told = request.match_info

@@ -137,10 +137,14 @@ class Intake:
     """Receives bodies; all that are held at once stay below `max_buffered_mib`."""
 
     def __init__(self, server: Server) -> None:
+        self.held = 0  # bytes
+        self.apply(server)
+
+    def apply(self, server: Server) -> None:
+        """These limits, from now on."""
         self._most = int(server.max_body_mib * MIB)
         self._most_together = int(server.max_buffered_mib * MIB)
         self._body_s = server.body_s
-        self.held = 0  # bytes
 
     async def receive(
         self,

@@ -3,24 +3,39 @@
 import asyncio
 import time
 from collections.abc import Awaitable
-from typing import Any
+from typing import TYPE_CHECKING, Annotated, Any, TypedDict
 
+import msgspec
 from aiohttp import web
 
 from hive.devices.watch import Condition, Devices
-from hive.errors import EngineUnreachable, HiveError, InvalidParameter
+from hive.errors import (
+    EngineUnreachable,
+    HiveError,
+    InvalidParameter,
+    KvServerUnreachable,
+    ModelNotFound,
+)
+from hive.gateway import shapes
+from hive.gateway.openapi import described
 from hive.policy.lifecycle import State
-from hive.windows.keeping import Keeping
 from hive.workers.fleet import Fleet
 from hive.workers.ledger import Ledger
 from hive.workers.worker import Worker
+
+if TYPE_CHECKING:
+    from hive.windows.keeping import Keeping
+
+
+class OfModel(TypedDict, total=False):
+    model: Annotated[str, msgspec.Meta(description="Ask its engines alone.")]
 
 
 class Health:
     """Handlers of /hive/v1/health; nothing is remembered, everything is asked."""
 
     def __init__(
-        self, fleet: Fleet, devices: Devices, ledger: Ledger, keeping: Keeping | None
+        self, fleet: Fleet, devices: Devices, ledger: Ledger, keeping: "Keeping | None"
     ) -> None:
         self._fleet, self._devices, self._ledger = fleet, devices, ledger
         self._keeping = keeping
@@ -32,6 +47,7 @@ class Health:
             web.get("/hive/v1/health/lmcache", self.lmcache, allow_head=False),
         ]
 
+    @described({200: shapes.Health})
     async def health(self, _request: web.Request) -> web.Response:
         """Every component with what was found: status ok, degraded (something is wrong), or down."""
         asked: dict[str, Awaitable[dict[str, Any]]] = {
@@ -51,6 +67,9 @@ class Health:
         status = "ok" if is_well else "degraded" if self._fleet.can_serve else "down"
         return web.json_response({"status": status, "components": found})
 
+    @described(
+        {200: shapes.EnginesHealth}, query=OfModel, errors=[ModelNotFound, EngineUnreachable]
+    )
     async def engine(self, request: web.Request) -> web.Response:
         """Ask the engines alone (?model=): 200 when each answers, else CWM-5001."""
         model = request.query.get("model")
@@ -59,6 +78,7 @@ class Health:
         answers = {worker.id: round(s, 4) for worker, s in zip(workers, found, strict=True)}
         return web.json_response({"status": "ok", "seconds": answers})
 
+    @described({200: shapes.CacheHealth}, errors=[InvalidParameter, KvServerUnreachable])
     async def lmcache(self, _request: web.Request) -> web.Response:
         """Ask LMCache alone: 200 when it answers, else CWM-5002."""
         if self._keeping is None:

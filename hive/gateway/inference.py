@@ -6,6 +6,7 @@ import logging
 import re
 import time
 from collections import OrderedDict
+from typing import TYPE_CHECKING
 
 from aiohttp import web
 
@@ -29,9 +30,11 @@ from hive.policy import conversations
 from hive.policy.admission import Ticket
 from hive.policy.deadlines import Deadline, Due, Limits, Phase
 from hive.settings import Settings
-from hive.windows.sessions import Sessions, Visit
 from hive.workers.admission import Door, Permit
 from hive.workers.fleet import Fleet
+
+if TYPE_CHECKING:
+    from hive.windows.sessions import Sessions, Visit
 
 log = logging.getLogger(__name__)
 
@@ -48,7 +51,7 @@ class Inference:
         settings: Settings,
         fleet: Fleet,
         announcer: Announcer,
-        sessions: Sessions | None = None,
+        sessions: "Sessions | None" = None,
     ) -> None:
         """`sessions` there are only where a model has windows."""
         self._sessions = sessions
@@ -57,17 +60,14 @@ class Inference:
         self._announcer = announcer
         self._intake = Intake(settings.server)
         self._relay = Relay()
+        self._limits = _limits_of(settings)
         # Of a response's id, who made it and for which key.
         self._makers: OrderedDict[str, tuple[str, str | None]] = OrderedDict()
-        self._limits = {
-            name: Limits(
-                **{
-                    field: getattr(settings.timeouts_of(model), field)
-                    for field in Limits.__dataclass_fields__
-                }
-            )
-            for name, model in settings.models.items()
-        }
+
+    def apply(self, settings: Settings) -> None:
+        """These limits for requests that begin from now on."""
+        self._settings, self._limits = settings, _limits_of(settings)
+        self._intake.apply(settings.server)
 
     def routes(self) -> list[web.RouteDef]:
         return [
@@ -150,7 +150,9 @@ class Inference:
         finally:
             quota.give_back()
 
-    async def _visit(self, request: web.Request, session_id: str, model: str, body: Body) -> Visit:
+    async def _visit(
+        self, request: web.Request, session_id: str, model: str, body: Body
+    ) -> "Visit":
         """The session that a request belongs to: its salt goes into the body, its answer is heard.
 
         Raises SessionNotFound, SessionNotActive, InvalidParameter; the visit must be left.
@@ -307,3 +309,12 @@ class Inference:
             "owned_by": "hive",
             "states": states,
         }
+
+
+def _limits_of(settings: Settings) -> dict[str, Limits]:
+    """Of each model."""
+    fields = Limits.__dataclass_fields__
+    return {
+        name: Limits(**{field: getattr(settings.timeouts_of(model), field) for field in fields})
+        for name, model in settings.models.items()
+    }

@@ -3,16 +3,21 @@
 import asyncio
 import contextlib
 import errno
+import os
 import resource
 import socket
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
+from http import HTTPStatus
 from typing import cast
 
 from aiohttp import web
+from aiohttp.http import HttpProcessingError
+from aiohttp.http_exceptions import LineTooLong
 
-from hive.errors import AddressInUse, ConfigInvalid
-from hive.events import Announcer, DaemonMoved
+from hive.errors import AddressInUse, ConfigInvalid, HiveError, HttpError, InternalError
+from hive.events import Announcer, ConnectionRefused, DaemonMoved, request_id_var
+from hive.gateway import problems
 from hive.gateway.line import Line
 from hive.settings import Settings
 
@@ -33,8 +38,10 @@ async def listening(
     most_connections: int = 1 << 20,
     entrance: Callable[[Entrance], Entrance] | None = None,
     unread_s: float = UNREAD_S,
-) -> AsyncIterator[None]:
+) -> AsyncIterator[Callable[[Settings], None]]:
     """Accept connections while the block runs, on the inherited socket where there is one.
+
+    What is yielded takes other settings, for connections that come from then on.
 
     `entrance` makes of aiohttp's own handler of requests what they meet first. Who takes nothing
     for `unread_s` is cut off.
@@ -59,7 +66,12 @@ async def listening(
         made.request_handler = entrance(made.request_handler)
 
     def accept() -> asyncio.BaseProtocol:
-        return TooMany() if len(made.connections) >= most_connections else Line(made())
+        if len(made.connections) >= most_connections:
+            announcer.announce(ConnectionRefused(most_connections))
+            return TooMany()
+        inner = made()
+        inner.__class__ = Inner
+        return Line(inner)
 
     server: asyncio.Server | None = None
     try:
@@ -69,7 +81,7 @@ async def listening(
         host, port = sock.getsockname()[:2]
         shown = f"[{host}]" if ":" in host else host
         announcer.announce(DaemonMoved("listening", f"http://{shown}:{port}"))
-        yield
+        yield lambda new: drop_who_does_not_read(sock, new, unread_s)
     finally:
         if server is not None:
             server.close()
@@ -86,6 +98,43 @@ def drop_who_does_not_read(sock: socket.socket, settings: Settings, unread_s: fl
     unread_s = max((unread_s, *stalls_s))
     with contextlib.suppress(OSError):  # no TCP socket
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, round(unread_s * 1000))
+
+
+class Inner(web.RequestHandler):
+    """aiohttp's protocol, but that it refuses what is no HTTP as everything is refused: coded, without
+    repeating what was sent."""
+
+    __slots__ = ()
+
+    def handle_error(
+        self,
+        request: web.BaseRequest,
+        status: int = 500,
+        exc: BaseException | None = None,
+        message: str | None = None,  # noqa: ARG002 (it quotes the request)
+    ) -> web.StreamResponse:
+        """The answer, after which the connection is closed. Raises ConnectionError where one has begun."""
+        request_id = os.urandom(16).hex()
+        token = request_id_var.set(request_id)
+        try:
+            self.log_exception("Error handling request", exc_info=exc)
+        finally:
+            request_id_var.reset(token)
+        if request.writer.output_size > 0:
+            raise ConnectionError("an answer has begun already")
+        error: HiveError
+        if isinstance(exc, LineTooLong):
+            said = "A line of the request's head is too long."
+            action = "Send shorter headers, and what is long in the body."
+            error = HttpError(said, status=status, action=action)
+        elif isinstance(exc, HttpProcessingError) or status < HTTPStatus.INTERNAL_SERVER_ERROR:
+            error = HttpError("What was sent is no HTTP request that hive can read.", status=status)
+        else:
+            error = InternalError()
+        response = problems.response(error, request_id)
+        response.headers["X-Request-Id"], response.headers["Server"] = request_id, "hive"
+        response.force_close()
+        return response
 
 
 class TooMany(asyncio.Protocol):

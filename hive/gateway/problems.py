@@ -67,8 +67,10 @@ def headers(error: HiveError) -> dict[str, str]:
         found[_EXACT] = str(_milliseconds(error.retry_after_s))
     if reason := error.details.get("reason"):
         found["X-Hive-Reason"] = str(reason)
-    if error.status == 401:  # noqa: PLR2004
+    if error.status == HTTPStatus.UNAUTHORIZED:
         found["WWW-Authenticate"] = "Bearer"
+    if error.status == HTTPStatus.METHOD_NOT_ALLOWED:
+        found["Allow"] = ", ".join(error.details.get("allowed", ()))
     return found
 
 

@@ -65,7 +65,9 @@ class Retries:
             raise self._last_word(last.error) from last
         finally:
             if self._attempts > 1 or self._outcome:
-                self._announcer.announce(RetriesEnded(OPERATION, self._outcome or "failed"))
+                self._announcer.announce(
+                    RetriesEnded(OPERATION, self._outcome or "failed", self._door.model)
+                )
 
     async def _pause(self, seconds: float) -> None:
         self._clock.queued(time.monotonic() + seconds)

@@ -15,8 +15,9 @@ from hive.events import (
     DaemonMoved,
     Event,
     RequestEnded,
+    WorkerMoved,
 )
-from hive.policy.redaction import without_secrets
+from hive.policy.redaction import for_clients, without_secrets
 
 KEPT = 1000  # events that a client can resume from
 BACKLOG = 1000  # events that a slow client may be behind before it is dropped
@@ -45,6 +46,8 @@ class EventStream:
         self._number += 1
         name = event_name(event)
         facts = {"event": name, "at": datetime.now(UTC).isoformat(), **asdict(event)}
+        if isinstance(event, WorkerMoved):  # it may quote the engine: redacted as an answer is
+            facts["reason"] = for_clients(event.reason)
         text = without_secrets(json.dumps(facts))
         message = f"id: {self._life}-{self._number}\nevent: {name}\ndata: {text}\n\n".encode()
         self._kept.append((self._number, message))

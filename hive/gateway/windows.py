@@ -9,22 +9,52 @@ import json
 import re
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, Literal, TypedDict, TypeVar
 
 import msgspec
 from aiohttp import web
 
 from hive.errors import (
+    BlockNotFound,
+    CircuitBreakerOpen,
     ConcurrencyLimit,
+    EngineTimeout,
+    EngineUnreachable,
     Forbidden,
+    GpuQuarantined,
     HiveError,
+    InsufficientDisk,
     InvalidParameter,
+    InvalidSessionId,
+    InvalidStateTransition,
+    InvalidWindowName,
+    KvServerUnreachable,
+    ModelIncompatible,
+    ModelNotFound,
+    OperationTimeout,
+    RateLimited,
+    RequestCancelled,
     RequestTimeout,
     SchemaInvalid,
+    ServiceUnavailable,
+    SessionAlreadyFrozen,
+    SessionIsolation,
+    SessionNotActive,
+    SessionNotFound,
+    StorageCorrupted,
+    StorageQuotaExceeded,
+    StorageReadFailed,
+    StorageWriteFailed,
+    StoreUnreachable,
     ValidationFailed,
+    WindowAlreadyExists,
+    WindowNotFound,
+    WorkerCrashed,
+    WorkerHung,
 )
-from hive.gateway import problems
+from hive.gateway import problems, shapes
 from hive.gateway.auth import Caller, taken
+from hive.gateway.openapi import EVENTS, JSON, described
 from hive.gateway.traffic import Passage
 from hive.policy.windows import SessionState, WindowState
 from hive.storage.catalogue import MOST_PAGE, Window
@@ -38,6 +68,7 @@ BODY_BYTES = 1024 * 1024
 BODY_S = 10.0  # for the few bytes of one to arrive
 PAGE = 100
 MOST_AT_ONCE = 16  # freezes, thaws, checks and repairs
+MOST_OFFSET = 10**9
 SORTS = ("created_at", "name", "tokens", "bytes")
 _AT = re.compile(r" - at `\$\.?([A-Za-z_]*)")
 
@@ -67,6 +98,45 @@ class CloneWanted(msgspec.Struct, forbid_unknown_fields=True):
     name: str
 
 
+class OfOwner(TypedDict, total=False):
+    owner: Annotated[
+        str,
+        msgspec.Meta(description="Whose, for an admin: the name of a key. Without it everybody's."),
+    ]
+
+
+Limit = Annotated[int, msgspec.Meta(ge=1, le=MOST_PAGE, description=f"At most so many; {PAGE}.")]
+Offset = Annotated[int, msgspec.Meta(ge=0, le=MOST_OFFSET, description="Not the first so many.")]
+
+
+class SessionsWanted(OfOwner, total=False):
+    state: SessionState
+    limit: Limit
+
+
+class WindowsWanted(OfOwner, total=False):
+    model: str
+    session_id: str
+    tag: str
+    state: Annotated[WindowState, msgspec.Meta(description="FROZEN ones, where it is not told.")]
+    sort: Literal["created_at", "name", "tokens", "bytes"]
+    order: Annotated[Literal["asc", "desc"], msgspec.Meta(description="desc, if it is not told.")]
+    limit: Limit
+    offset: Offset
+
+
+OF_A_BODY = (SchemaInvalid, InvalidParameter, ValidationFailed, RequestTimeout)
+OF_AN_OWNER = (Forbidden, StoreUnreachable)
+OF_A_SESSION = (*OF_AN_OWNER, InvalidSessionId, SessionNotFound)
+OF_A_WINDOW = (*OF_AN_OWNER, InvalidWindowName, WindowNotFound)
+# Of what reads and writes blocks, and asks engine and LMCache.
+OF_AN_OPERATION = (
+    *(InvalidParameter, InvalidStateTransition, RateLimited, RequestCancelled),
+    *(ConcurrencyLimit, ServiceUnavailable, CircuitBreakerOpen, GpuQuarantined),
+    *(EngineUnreachable, EngineTimeout, WorkerCrashed, WorkerHung, KvServerUnreachable),
+    *(StorageReadFailed, StorageWriteFailed, InsufficientDisk, OperationTimeout),
+)
+
 B = TypeVar("B", bound=msgspec.Struct)
 
 
@@ -95,12 +165,18 @@ class WindowsApi:
 
     # ── sessions ────────────────────────────────────────────────────────────────────────────────
 
+    @described(
+        {201: shapes.SessionView}, body=NewSession, errors=[*OF_A_BODY, *OF_AN_OWNER, ModelNotFound]
+    )
     async def new_session(self, request: web.Request) -> web.Response:
         """Begin a conversation with a model: 201, the session."""
         wanted = await body_of(request, NewSession)
         session = await self._sessions.create(caller_of(request).name or "", wanted.model)
         return web.json_response(of_sessions.view(session), status=201)
 
+    @described(
+        {200: shapes.Sessions}, query=SessionsWanted, errors=[*OF_AN_OWNER, InvalidParameter]
+    )
     async def sessions(self, request: web.Request) -> web.Response:
         """The caller's, the last used first (?state=)."""
         state = _choice(request, "state", tuple(SessionState))
@@ -111,12 +187,14 @@ class WindowsApi:
         )
         return web.json_response({"sessions": [of_sessions.view(one) for one in found]})
 
+    @described({200: shapes.SessionWithMessages}, query=OfOwner, errors=OF_A_SESSION)
     async def session(self, request: web.Request) -> web.Response:
         """One of them, with its messages."""
         session = await self._sessions.find(request.match_info["id"], owner_of(request))
         messages = await self._sessions.messages(session)
         return web.json_response({**of_sessions.view(session), "messages": messages})
 
+    @described({204: None}, query=OfOwner, errors=[*OF_A_SESSION, InvalidStateTransition])
     async def delete_session(self, request: web.Request) -> web.Response:
         """Nobody goes on with it; its windows stay."""
         await self._sessions.delete(request.match_info["id"], owner_of(request))
@@ -124,6 +202,22 @@ class WindowsApi:
 
     # ── windows ─────────────────────────────────────────────────────────────────────────────────
 
+    @described(
+        {201: shapes.WindowView},
+        body=NewWindow,
+        query=OfOwner,
+        content=(JSON, EVENTS),
+        errors=[
+            *OF_A_BODY,
+            *OF_A_SESSION,
+            *OF_AN_OPERATION,
+            InvalidWindowName,
+            SessionNotActive,
+            SessionAlreadyFrozen,
+            WindowAlreadyExists,
+            StorageQuotaExceeded,
+        ],
+    )
     async def freeze(self, request: web.Request) -> web.StreamResponse:
         """Freeze a session into a window: 201, the window."""
         wanted = await body_of(request, NewWindow)
@@ -142,12 +236,13 @@ class WindowsApi:
 
         return await self.answer(request, work, status=201)
 
+    @described({200: shapes.Windows}, query=WindowsWanted, errors=[*OF_AN_OWNER, InvalidParameter])
     async def windows(self, request: web.Request) -> web.Response:
         """The caller's, in pages (?model=, session_id=, tag=, state=, sort=, order=, limit=, offset=)."""
         query = request.query
         state = _choice(request, "state", tuple(WindowState))
         begin, most = (
-            number_of(request, "offset", 0, 10**9),
+            number_of(request, "offset", 0, MOST_OFFSET),
             number_of(request, "limit", PAGE, MOST_PAGE, 1),
         )
         found = await self._windows.windows(
@@ -164,17 +259,35 @@ class WindowsApi:
         more = {"next_offset": begin + most} if len(found) > most else {}
         return web.json_response({"windows": [view(one) for one in found[:most]], **more})
 
+    @described({200: shapes.WindowStatus}, query=OfOwner, errors=OF_A_WINDOW)
     async def window(self, request: web.Request) -> web.Response:
         """One of them: its receipt, its family, and how much of it the KV cache has at hand."""
         owner, name = await self._named(request)
         return web.json_response(_status(await self._windows.status(owner, name)))
 
+    @described({204: None}, query=OfOwner, errors=[*OF_A_WINDOW, InvalidStateTransition])
     async def delete(self, request: web.Request) -> web.Response:
         """Its blocks go, unless a clone shares them."""
         owner, name = await self._named(request)
         await self._windows.delete(owner, name)
         return web.Response(status=204)
 
+    @described(
+        {200: shapes.Thawed},
+        body=ThawWanted,
+        query=OfOwner,
+        content=(JSON, EVENTS),
+        errors=[
+            *OF_A_BODY,
+            *OF_A_WINDOW,
+            *OF_A_SESSION,
+            *OF_AN_OPERATION,
+            BlockNotFound,
+            StorageCorrupted,
+            ModelIncompatible,
+            SessionIsolation,
+        ],
+    )
     async def thaw(self, request: web.Request) -> web.StreamResponse:
         """Go on where it was frozen: the session, the messages, and what is usable of the cache."""
         wanted = await body_of(request, ThawWanted)
@@ -198,6 +311,20 @@ class WindowsApi:
 
         return await self.answer(request, work)
 
+    @described(
+        {201: shapes.WindowView},
+        body=CloneWanted,
+        query=OfOwner,
+        content=(JSON, EVENTS),
+        errors=[
+            *OF_A_BODY,
+            *OF_A_WINDOW,
+            *OF_AN_OPERATION,
+            WindowAlreadyExists,
+            StorageCorrupted,
+            StorageQuotaExceeded,
+        ],
+    )
     async def clone(self, request: web.Request) -> web.StreamResponse:
         """A second window of the same blocks: 201."""
         wanted = await body_of(request, CloneWanted)
@@ -208,6 +335,12 @@ class WindowsApi:
 
         return await self.answer(request, work, status=201)
 
+    @described(
+        {200: shapes.WindowReport},
+        query=OfOwner,
+        content=(JSON, EVENTS),
+        errors=[*OF_A_WINDOW, *OF_AN_OPERATION, StorageCorrupted],
+    )
     async def verify(self, request: web.Request) -> web.StreamResponse:
         """Read every byte of it, and compare."""
         owner, name = await self._named(request)
@@ -217,6 +350,12 @@ class WindowsApi:
 
         return await self.answer(request, work)
 
+    @described(
+        {200: shapes.WindowReport},
+        query=OfOwner,
+        content=(JSON, EVENTS),
+        errors=[*OF_A_WINDOW, *OF_AN_OPERATION, StorageCorrupted, ModelIncompatible],
+    )
     async def repair(self, request: web.Request) -> web.StreamResponse:
         """Find or compute again what is damaged of it."""
         owner, name = await self._named(request)
@@ -380,6 +519,8 @@ async def body_of(request: web.Request, kind: type[B]) -> B:
             timeout_seconds=BODY_S,
             action="Send the body faster.",
         ) from exc
+    except web.RequestPayloadError as exc:
+        raise ValidationFailed("The request's body is not valid HTTP.") from exc
     try:
         return msgspec.json.decode(bytes(text) or b"{}", type=kind)
     except msgspec.ValidationError as exc:

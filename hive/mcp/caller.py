@@ -16,6 +16,7 @@ from hive.policy.control import MOST_POLLS, POLL_S, Failure, classify
 
 log = logging.getLogger(__name__)
 
+FAILED = "failed"  # the source of a part that is not there
 PART_S = 5.0  # of each part of an answer that is put together of several (R262)
 
 Report = Callable[[str, int, int], Awaitable[None]]  # phase, done, of how many
@@ -93,9 +94,10 @@ class Caller:
         return events_of
 
     async def parts(self, tool: str, asks: dict[str, Ask], about: str = "") -> Result:
-        """Each part of an answer that several requests make; what fails is told, the rest given.
+        """Each part of an answer that several requests make; what fails is skipped, and told.
 
-        Raises the first part's error where none could be had (C20, R067, R172, R262).
+        In its place is `{"source": "failed"}` (R213, R219). Raises the first part's error where none
+        could be had (C20, R067, R172, R262).
         """
 
         async def gather(_limit_s: float) -> Any:
@@ -119,9 +121,12 @@ class Caller:
             return found
 
         result = await self.plane.run(tool, gather, self.key("GET", f"{tool} {about}"))
-        data = {name: what for name, (how, what) in result.data.items() if how == "success"}
+        data = {
+            name: what if how == "success" else {"source": FAILED}
+            for name, (how, what) in result.data.items()
+        }
         lacking = tuple(
-            f"{name} is missing: {what.code if isinstance(what, HiveError) else how}"
+            f"{name} failed ({what.code if isinstance(what, HiveError) else how}): skipping it"
             for name, (how, what) in result.data.items()
             if how != "success"
         )

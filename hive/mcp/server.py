@@ -273,8 +273,13 @@ def _short(value: Any) -> str | bool:
 
 
 def _note(tool: str, given: dict[str, Any], error: HiveError) -> None:
-    """One line of the log for a call that failed (R182): what was said in it is nobody's business."""
+    """One line of the log for a call that failed (R182): what was said in it is nobody's business.
+
+    A daemon that nobody reaches, however often, is for a person to see to (R197).
+    """
     level = logging.getLevelName(error.level.upper())
+    if isinstance(error, DaemonUnreachable) and tried_of(error).calls > 1:
+        level = logging.CRITICAL
     log.log(
         level if isinstance(level, int) else logging.WARNING,
         "%s failed: %s %s (retryable %s, calls %d, request %s, params %s)",

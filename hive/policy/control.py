@@ -55,6 +55,7 @@ OPERATIONS: Mapping[str, Operation] = {
     "window_thaw": _LONG,
     "window_clone": _LONG,
     "window_delete": _LONG,
+    "window_verify": Operation(330.0, 330.0, "control.read", changes=False),  # reads every byte
     "chat": Operation(600.0, 600.0, None),
 }
 DEFAULT = Operation(30.0, 60.0)  # what has no row (R177)

@@ -15,11 +15,12 @@ class RetryPolicy:
     calls: int
     delays: tuple[float, ...]
     jitter_s: float = 0.0
+    jitter: float = 0.0  # a share of the delay
 
     def delay_s(self, calls: int, chance: float) -> float:
         """Seconds to wait after `calls` calls (1 or more) have failed; `chance` is from 0 to 1."""
         delay = self.delays[min(calls, len(self.delays)) - 1]
-        return delay + self.jitter_s * chance
+        return delay * (1 + self.jitter * chance) + self.jitter_s * chance
 
     def allows(self, calls: int) -> bool:
         """Whether there is another call after so many."""
@@ -48,3 +49,11 @@ RETRIES = {
     "control.default": RetryPolicy(4, _doubling(1.0, 3, cap=30.0)),
     "engine_timeout": RetryPolicy(2, (1.0,)),
 }
+
+
+def until_taken(cap_s: float) -> RetryPolicy:
+    """Of alerts to a webhook (R235): from 1 s, doubling up to `cap_s`, and up to a tenth more.
+
+    Their age ends it, not a count: `calls` is more than there can be.
+    """
+    return RetryPolicy(1_000_000, _doubling(1.0, 18, cap=cap_s), jitter=0.1)

@@ -35,7 +35,6 @@ from hive.errors import (
     SessionNotFound,
     StorageQuotaExceeded,
     WindowAlreadyExists,
-    WindowNotFound,
 )
 from hive.policy.windows import NEXT, SessionState, WindowState
 from hive.storage import postgres, sqlite
@@ -43,7 +42,7 @@ from hive.storage.finishing import to_the_end
 from hive.storage.postgres import PostgreSQL
 from hive.storage.sqlite import SQLite
 from hive.storage.tables import marks, sessions, windows
-from hive.storage.trying import reached, tried
+from hive.storage.trying import BUSY_S, reached, tried
 
 MOST_PAGE = 1000
 GIB = 2**30
@@ -301,13 +300,6 @@ class Catalogue:
         except IntegrityError as exc:
             raise WindowAlreadyExists(f"Window name already exists: {window.name}") from exc
 
-    async def window(self, name: str, owner: str | None) -> Window:
-        """One that is frozen. Raises WindowNotFound."""
-        found = await self.named(name, owner)
-        if not found:
-            raise WindowNotFound(f"Window not found: {name}")
-        return found[0]
-
     async def named(
         self, name: str, owner: str | None, state: WindowState | None = WindowState.FROZEN
     ) -> list[Window]:
@@ -344,6 +336,22 @@ class Catalogue:
         wanted = wanted.order_by(order, windows.c.id).offset(begin).limit(most)
         async with self._looking() as connection:
             return [_window(row) for row in (await connection.execute(wanted)).mappings()]
+
+    async def every_window(self, state: WindowState) -> AsyncIterator[Window]:
+        """All in that state, in no order but their own, however many come and go meanwhile."""
+        after = ""
+        while page := await self.page_after(after, state):
+            for window in page:
+                yield window
+            after = page[-1].id
+
+    async def page_after(self, window_id: str, state: WindowState) -> list[Window]:
+        """The next ones by their ids: none is passed over because others have gone."""
+        key = self._store.in_order(windows.c.id)
+        wanted = select(windows).where(windows.c.state == state, key > window_id)
+        async with self._looking() as connection:
+            found = await connection.execute(wanted.order_by(key).limit(MOST_PAGE))
+            return [_window(row) for row in found.mappings()]
 
     async def window_by_id(self, window_id: str) -> Window | None:
         wanted = select(windows).where(windows.c.id == window_id)
@@ -438,7 +446,7 @@ class Catalogue:
     @asynccontextmanager
     async def _changing(self) -> AsyncIterator[AsyncConnection]:
         with reached(self._store.is_locked):
-            async with self._store.answering(), self._writing:
+            async with self._store.answering(), self._turn():
                 try:
                     async with self._engine.begin() as connection:
                         await self._store.began(connection)
@@ -447,6 +455,16 @@ class Catalogue:
                     is_told = isinstance(exc, DBAPIError) and self._store.is_told(exc)
                     self._doubts += not is_told
                     raise
+
+    @asynccontextmanager
+    async def _turn(self) -> AsyncIterator[None]:
+        """Of all that change something here: one at a time. Raises TimeoutError after BUSY_S."""
+        async with asyncio.timeout(BUSY_S):
+            await self._writing.acquire()
+        try:
+            yield
+        finally:
+            self._writing.release()
 
     @asynccontextmanager
     async def _looking(self) -> AsyncIterator[AsyncConnection]:

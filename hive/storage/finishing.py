@@ -8,11 +8,7 @@ from typing import TypeVar
 T = TypeVar("T")
 
 
-def _nothing() -> None:
-    """No way to hasten it."""
-
-
-async def to_the_end(doing: Awaitable[T], hasten: Callable[[], None] = _nothing) -> T:
+async def to_the_end(doing: Awaitable[T], hasten: Callable[[], None] | None = None) -> T:
     """Wait for it; cancelled meanwhile, wait all the same, and be cancelled then.
 
     `hasten` is called at the cancellation: the rest may be done sooner, or not at all.
@@ -21,7 +17,8 @@ async def to_the_end(doing: Awaitable[T], hasten: Callable[[], None] = _nothing)
     try:
         return await asyncio.shield(future)
     except asyncio.CancelledError:
-        hasten()
+        if hasten is not None:
+            hasten()
         while not future.done():
             with contextlib.suppress(asyncio.CancelledError):
                 await asyncio.wait({future})

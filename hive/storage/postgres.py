@@ -206,6 +206,8 @@ async def _connected(url: str, made: WeakSet[Any]) -> Any:
         raise ConnectionError(f"it does not answer within {LIMIT_S:g} s") from exc
     except OSError as exc:
         raise ConnectionError(str(exc.strerror or exc)) from exc
+    except asyncpg.InvalidAuthorizationSpecificationError as exc:  # a wrong password is one, too
+        raise PermissionError(str(exc)) from exc
     except (asyncpg.PostgresError, asyncpg.InterfaceError) as exc:
         raise ConnectionError(str(exc)) from exc
     except ValueError as exc:  # its text may repeat a part of the URL
@@ -226,7 +228,7 @@ def _explained(url: str) -> Iterator[None]:
             raise
         if isinstance(why, TimeoutError):
             why = "it does not answer"
-        raise StoreUnreachable(
+        raise type(exc)(
             f"The catalogue's database {shown(url)} cannot be used: {_reason(why)}.",
             action="Correct windows.catalogue_url, or see that the server runs and that its user "
             "may connect and make tables there.",

@@ -22,14 +22,21 @@ from structlog.types import EventDict, Processor
 
 from hive.errors import by_code
 from hive.events import (
+    AlertTried,
+    AuditMoved,
     BreakerMoved,
     DaemonMoved,
     DeviceMoved,
+    Escalated,
+    EscalationResolved,
     Event,
     LeakCleared,
     LeakFound,
+    ReloadEnded,
     RequestEnded,
     RequestRetried,
+    RollbackMoved,
+    ServiceLevelMoved,
     SessionMoved,
     StrangerSeen,
     ThawProved,
@@ -44,8 +51,10 @@ from hive.events import (
     XidSeen,
     request_id_var,
 )
+from hive.policy.escalation import ServiceLevel
 from hive.policy.redaction import without_secrets
 from hive.policy.visible import visible
+from hive.settings import Settings
 
 STDERR = 2
 HELD_CHARS = 8 * 2**20  # of lines that are not written yet
@@ -206,6 +215,11 @@ def set_level(level: str) -> None:
     logging.getLogger().setLevel(_LEVELS[level])
 
 
+def apply(settings: Settings) -> None:
+    """From now on this level is the least that is logged."""
+    set_level(settings.server.log_level)
+
+
 def configure(level: str = "info", fd: int = STDERR) -> Writer:
     """Send everything, the standard library's logging included, to stderr in one form."""
     shared: list[Processor] = [
@@ -235,6 +249,9 @@ def configure(level: str = "info", fd: int = STDERR) -> Writer:
     logging.getLogger("aiohttp.server").addFilter(_bad_http)
     # A line for each start says nothing; what it does to the catalogue is told as an error.
     logging.getLogger("alembic").setLevel(logging.WARNING)
+    # At the debug level these tell every statement with its parameters: what was said, and salts.
+    for name in ("aiosqlite", "sqlalchemy", "asyncpg"):
+        logging.getLogger(name).setLevel(logging.WARNING)
     root = logging.getLogger()
     root.handlers = [handler]
     set_level(level)
@@ -270,10 +287,27 @@ def write(event: Event) -> None:
         case WorkerEnded():
             level = logging.WARNING if event.how == "kill" else logging.INFO
             log.log(level, "process tree ended", **asdict(event))
+        case ReloadEnded() | AuditMoved():
+            _write_of_hive(log, event)
         case WorkerStarted() | WorkerReady() | DaemonMoved():
             log.info(_TITLES[type(event)], **asdict(event))
         case _:
             _write_of_devices(log, event)
+
+
+def _write_of_hive(log: Any, event: ReloadEnded | AuditMoved) -> None:
+    """Of its settings and its audit log."""
+    match event:
+        case ReloadEnded(code=""):
+            log.info("settings reloaded", by=event.by, changed=", ".join(event.changed))
+        case ReloadEnded():
+            facts = {"by": event.by, "code": event.code, "refused": ", ".join(event.refused)}
+            log.error(
+                "reload refused; nothing changed", **facts, problems="; ".join(event.problems)
+            )
+        case AuditMoved():
+            is_well = event.state == "writing"
+            log.log(logging.INFO if is_well else logging.ERROR, "audit log", **asdict(event))
 
 
 def _write_of_devices(log: Any, event: Event) -> None:
@@ -306,6 +340,31 @@ def _write_of_windows(log: Any, event: Event) -> None:
             log.log(level, "thaw proved" if is_proved else "thaw not proved", **asdict(event))
         case WindowOperationEnded():
             _write_operation(log, event)
+        case RollbackMoved():
+            level = logging.INFO if event.is_undone else logging.ERROR
+            log.log(level, "rollback moved", **asdict(event))
+        case _:
+            _write_of_alerts(log, event)
+
+
+def _write_of_alerts(log: Any, event: Event) -> None:
+    """An escalation at its own level's (R194); `level` is the line's, `severity` the escalation's."""
+    match event:
+        case Escalated() | EscalationResolved():
+            facts = asdict(event)
+            severity = facts.pop("level")
+            if isinstance(event, Escalated):
+                log.log(_SEVERITIES[severity], "escalated", severity=severity, **facts)
+            else:
+                log.info("escalation resolved", severity=severity, **facts)
+        case ServiceLevelMoved():
+            is_better = _SERVICE.index(event.new) < _SERVICE.index(event.old)
+            level = logging.INFO if is_better else logging.WARNING
+            log.log(level, "service level moved", **asdict(event))
+        case AlertTried():
+            facts = asdict(event)
+            severity = facts.pop("level")
+            log.log(_TRIED[event.outcome], "alert tried", severity=severity, **facts)
 
 
 def _write_operation(log: Any, event: WindowOperationEnded) -> None:
@@ -326,8 +385,17 @@ def _write_operation(log: Any, event: WindowOperationEnded) -> None:
         log.info("window operation done", **facts, **done)
 
 
+_SEVERITIES = {
+    "info": logging.INFO,
+    "medium": logging.WARNING,
+    "high": logging.WARNING,
+    "critical": logging.ERROR,
+    "emergency": logging.CRITICAL,
+}
+_TRIED = {"sent": logging.INFO, "failed": logging.WARNING, "dropped": logging.ERROR}
 _XID_LEVELS = {"device": logging.ERROR, "application": logging.WARNING, "note": logging.WARNING}
 _VRAM_LEVELS = {"returned": logging.INFO, "unproven": logging.WARNING, "kept": logging.ERROR}
+_SERVICE = [str(level) for level in ServiceLevel]  # the best first
 _TITLES: dict[type[Event], str] = {
     WorkerStarted: "engine started",
     WorkerReady: "worker ready",

@@ -9,12 +9,13 @@ import asyncio
 import logging
 import os
 import socket
+import time
 from collections.abc import Iterator, MutableMapping
 from contextlib import contextmanager
 from ipaddress import IPv6Address, ip_address
 
 from hive.errors import ConfigInvalid, HiveError
-from hive.events import DaemonMoved, Event, WorkerMoved
+from hive.events import DaemonMoved, Event, ReloadBegan, ReloadEnded, WorkerMoved
 from hive.policy.lifecycle import State
 from hive.policy.redaction import without_secrets
 from hive.settings import Settings
@@ -139,8 +140,20 @@ class Progress:
         self._is_stopping = False
         self._told = ""
 
+    def apply(self, settings: Settings) -> None:
+        """From now on a stop may take as long as these say."""
+        self._stop_s = stop_s(settings)
+
     def hear(self, event: Event) -> None:
         match event:
+            case ReloadBegan() | ReloadEnded() if self._is_stopping:
+                pass  # it is refused, and hive is not ready again
+            case ReloadBegan():
+                usec = time.monotonic_ns() // 1000  # tells this reload from an earlier one
+                self._notifier.tell(RELOADING=1, MONOTONIC_USEC=usec)
+            case ReloadEnded():
+                self._told = f"reload refused: {event.code}; {self.status}" if event.code else ""
+                self._notifier.tell(READY=1, STATUS=self._told or self.status)
             case WorkerMoved():
                 self._workers[event.worker] = event
                 if (status := self.status) != self._told:
@@ -224,7 +237,7 @@ def inherited_socket(
         raise _no_listener(unit) from exc
     try:
         _must_listen(sock, unit)
-        _must_be_guarded(sock, unit, settings)
+        must_be_guarded(sock, settings, unit)
     except BaseException:
         sock.close()
         raise
@@ -250,7 +263,8 @@ def _no_listener(unit: str) -> ConfigInvalid:
     )
 
 
-def _must_be_guarded(sock: socket.socket, unit: str, settings: Settings) -> None:
+def must_be_guarded(sock: socket.socket, settings: Settings, unit: str = "hive.socket") -> None:
+    """Raises ConfigInvalid for an address that is not loopback, without API keys."""
     host = str(sock.getsockname()[0])
     address = ip_address(host.partition("%")[0])
     if isinstance(address, IPv6Address):

@@ -17,6 +17,7 @@ import errno
 import fcntl
 import os
 import re
+import secrets
 import shutil
 import struct
 import tarfile
@@ -42,6 +43,7 @@ from hive.errors import (
 )
 from hive.policy.windows import Identity
 from hive.settings import open_regular
+from hive.storage.durable import synced, touched
 from hive.windows import files
 from hive.windows.files import MANIFEST, Block, Manifest, Progress, sealed, unsealed
 
@@ -131,20 +133,41 @@ class Unreadable:
 # ── what there is ───────────────────────────────────────────────────────────────────────────────
 
 
-def listed(directory: Path) -> tuple[list[Found], list[Unreadable]]:
-    """All backups in it, in no order. Raises StorageReadFailed."""
+Known = dict[str, tuple[tuple[int, ...], Found]]  # by a file's name: which file it was, and what
+
+
+def listed(directory: Path, known: Known | None = None) -> tuple[list[Found], list[Unreadable]]:
+    """All backups in it, in no order. Raises StorageReadFailed.
+
+    `known` is what was found before, and is kept for the next time: a file that is the same one as
+    then is not opened again.
+    """
+    known = {} if known is None else known
     found: list[Found] = []
     unreadable: list[Unreadable] = []
     with _reading():
         names = sorted(name for name in os.listdir(directory) if name.endswith(SUFFIX))
     for name in names:
         try:
-            found.append(looked_at(directory / name))
+            which = _which(directory / name)
+            before = known.get(name)
+            one = before[1] if before and before[0] == which else looked_at(directory / name)
+            known[name] = which, one
+            found.append(one)
         except FileNotFoundError:
             continue  # it was deleted meanwhile
         except HiveError as exc:
             unreadable.append(Unreadable(os.fsencode(name).decode(errors="replace"), exc.message))
+    for name in set(known).difference(one.path.name for one in found):
+        known.pop(name, None)
     return found, unreadable
+
+
+def _which(path: Path) -> tuple[int, ...]:
+    """What a file has that another one of its name, or itself changed, has not."""
+    with _reading(FileNotFoundError):
+        about = path.stat(follow_symlinks=False)
+    return about.st_dev, about.st_ino, about.st_size, about.st_mtime_ns, about.st_ctime_ns
 
 
 def looked_at(path: Path) -> Found:
@@ -178,11 +201,14 @@ def tidied(directory: Path) -> list[str]:
     return done
 
 
-def remove(path: Path) -> None:
-    """Removing it again does nothing. Raises StorageWriteFailed."""
-    with _writing():
+def remove(path: Path, *, is_again: bool = False) -> None:
+    """Removing it again does nothing; `is_again`: an attempt before may have come so far that only
+    its sync has failed. Raises StorageWriteFailed.
+    """
+    with _writing(), synced(path.parent):
         path.unlink(missing_ok=True)
-        _sync(path.parent)
+        if is_again:
+            touched(path.parent, f".{secrets.token_hex(8)}")
 
 
 # ── write ───────────────────────────────────────────────────────────────────────────────────────
@@ -271,9 +297,9 @@ class _Claim:
             raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), str(final))
 
     def commit(self) -> None:
-        self.part.rename(self.final)
         try:
-            _sync(self.final.parent)
+            with synced(self.final.parent):
+                self.part.rename(self.final)
         except BaseException:
             self.final.unlink(missing_ok=True)
             raise
@@ -619,14 +645,6 @@ def _opened(path: Path) -> Iterator[BinaryIO]:
         file = open_regular(path, os.O_NOFOLLOW)
     with file:
         yield file
-
-
-def _sync(directory: Path) -> None:
-    fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
 
 
 @contextlib.contextmanager

@@ -10,11 +10,10 @@ import logging
 import secrets
 import shutil
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, TypeVar
 
 from msgspec import structs
 
@@ -32,11 +31,11 @@ from hive.storage.catalogue import Window
 from hive.windows import archives
 from hive.windows.archives import Found, Header, Unreadable
 from hive.windows.blocks import LEAST_DISK, Blocks
-from hive.windows.files import Manifest, WindowFiles, full
+from hive.windows.files import Manifest, WindowFiles, full, reading
 from hive.windows.operations import Windows, checked_name
 from hive.windows.work import (
-    HANGS_S,
     LIMIT_S,
+    Disk,
     Progress,
     Teller,
     in_thread,
@@ -44,10 +43,8 @@ from hive.windows.work import (
     retried,
     unheard,
 )
-from hive.workers.preparing import in_its_own_thread
 
 log = logging.getLogger(__name__)
-T = TypeVar("T")
 
 MOST_AT_ONCE = 2  # backups and restores: what they copy takes long
 THREADS = 4  # for the disk of backups; the others look what there is
@@ -75,18 +72,38 @@ class Backups:
         self, settings: Settings, windows: Windows, files: WindowFiles, blocks: Blocks
     ) -> None:
         self._windows, self._files, self._blocks = windows, files, blocks
+        self.apply(settings)
+        self.directory = settings.backup_dir
+        self._running = 0
+        # It may be far away: where it hangs, windows do not. What was left there and is not finished
+        # goes when it comes back, or at the next start.
+        self._disk = Disk("windows.backup_dir", THREADS)
+        self._known: archives.Known = {}
+
+    @asynccontextmanager
+    async def running(self) -> AsyncIterator[None]:
+        """End what an earlier life left half done, beside what the block does.
+
+        Whoever only serves models needs no backups, and does not wait for their disk.
+        """
+        async with asyncio.TaskGroup() as tasks:
+            tidying = tasks.create_task(self.tidy(), name="tidy backups")
+            try:
+                yield
+            finally:
+                tidying.cancel()
+
+    def apply(self, settings: Settings) -> None:
+        """These limits and keys, from now on."""
         self._most = settings.windows.max_backups
         # Without keys everything is everybody's, and nobody's in particular.
         self._owners = {key.name for key in settings.auth.keys} or {""}
-        self.directory = settings.backup_dir
-        self._running = 0
-        self._turns = asyncio.Semaphore(THREADS)
 
     async def tidy(self) -> None:
-        """End what an earlier life left half done; whoever only serves models needs no backups."""
+        """What is wrong is only told."""
         try:
             async with limited(LOOK_S, time.monotonic()):
-                lines = await self._apart(archives.tidied, self.directory)
+                lines = await self._disk.run(archives.tidied, self.directory)
         except HiveError as exc:
             lines = [f"the directory of backups cannot be looked at: {exc.message}"]
         for line in lines:
@@ -104,7 +121,7 @@ class Backups:
         if window is not None:
             checked_name(window)
         async with limited(LOOK_S, time.monotonic()):
-            found, unreadable = await self._apart(archives.listed, self.directory)
+            found, unreadable = await self._disk.run(archives.listed, self.directory, self._known)
         mine = [
             one
             for one in found
@@ -128,14 +145,15 @@ class Backups:
                 self._windows.noted("backup", name, window) as note,
                 self._windows.alone(window),
             ):
-                manifest = await self._blocks.manifest(window.id)
+                async with limited(LIMIT_S, began):
+                    manifest = await self._blocks.manifest(window.id)
                 await self._must_have_room(window.owner)
                 tell = Teller(told, "write", len(manifest.blocks))
                 write = partial(archives.write, self.directory, self._files.folder(window.id))
                 try:
                     async with limited(_limit_s(manifest.bytes), began):
                         made = await retried(
-                            "storage", lambda _: self._apart(write, manifest, tell, teller=tell)
+                            "storage", lambda _: self._disk.run(write, manifest, tell, teller=tell)
                         )
                 except StorageCorrupted:
                     await self._blocks.health(manifest, unheard)  # no engine may load it either
@@ -156,12 +174,14 @@ class Backups:
         """Raises NotFound."""
         found = await self._named(asker, name, timestamp)
 
-        def remove() -> None:
+        def remove(*, is_again: bool) -> None:
             for one in found:  # the same one may have been copied there twice
-                archives.remove(one.path)
+                archives.remove(one.path, is_again=is_again)
 
         async with limited(LOOK_S, time.monotonic()):
-            await retried("storage", lambda _: self._apart(remove))
+            await retried(
+                "storage", lambda is_again: self._disk.run(partial(remove, is_again=is_again))
+            )
 
     # ── restore ─────────────────────────────────────────────────────────────────────────────────
 
@@ -188,7 +208,7 @@ class Backups:
         with self._one_more():
             async with limited(LIMIT_S, began):
                 manifest = await retried(
-                    "storage", lambda _: self._apart(archives.manifest_of, newest)
+                    "storage", lambda _: self._disk.run(archives.manifest_of, newest)
                 )
             again = structs.replace(
                 manifest, id=secrets.token_hex(16), owner=owner, name=new_name or name
@@ -215,7 +235,9 @@ class Backups:
                 self._files.remove(manifest.id)
             part = self._files.begin(manifest.id)
             needed = manifest.bytes + LEAST_DISK
-            if shutil.disk_usage(part).free < needed:
+            with reading("The directory of windows"):
+                free = shutil.disk_usage(part).free
+            if free < needed:
                 raise full(part, needed)
             archives.unpack(found, partial(self._files.put, part), tell)
             self._files.finish(part, manifest)
@@ -283,33 +305,6 @@ class Backups:
                 action="Say a key's name: 'hive key list' shows them.",
             )
         return owner
-
-    async def _apart(self, work: Callable[..., T], *args: Any, teller: Teller | None = None) -> T:
-        """What blocks on the disk of backups, which may be far away: where it hangs, windows do not.
-
-        Cancelled, it stops where it can; HANGS_S later nobody waits for it any more, and what it has
-        not finished goes when it comes back, or at the next start.
-        """
-        await self._turns.acquire()
-        doing = asyncio.ensure_future(in_its_own_thread(partial(work, *args)))
-        doing.add_done_callback(self._came_back)
-        try:
-            return await asyncio.shield(doing)
-        except asyncio.CancelledError:
-            if teller:
-                teller.stop()
-            until = time.monotonic() + HANGS_S
-            while not doing.done() and (left_s := until - time.monotonic()) > 0:
-                with suppress(asyncio.CancelledError):
-                    await asyncio.wait({doing}, timeout=left_s)
-            if not doing.done():
-                log.error("the disk under windows.backup_dir hangs")  # noqa: TRY400
-            raise
-
-    def _came_back(self, doing: "asyncio.Future[Any]") -> None:
-        self._turns.release()
-        if not doing.cancelled():
-            doing.exception()  # there may be nobody to be told
 
     @contextmanager
     def _one_more(self) -> Iterator[None]:

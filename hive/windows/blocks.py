@@ -5,7 +5,6 @@ What is known of sessions, names and owners is none of it: that is `operations`.
 
 import asyncio
 import logging
-import shutil
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -131,7 +130,7 @@ class Blocks:
         """LMCache tells nobody that it could not write for that reason. Raises InsufficientDisk."""
         size = self._tier.largest(_beginning(left[0]))
         needed = max(len(left) * size, LEAST_DISK)
-        if shutil.disk_usage(self._tier.directory).free < needed:
+        if self._tier.free() < needed:
             raise full(self._tier.directory, needed)
 
     def _must_be_alike(self, taken: dict[int, list[Block]], names: Sequence[Sequence[str]]) -> None:
@@ -146,8 +145,8 @@ class Blocks:
             if block.size != size or not size
         ]
         if short:
-            for at, name in short:
-                (self._tier.directory / name).unlink(missing_ok=True)
+            self._tier.expel(name for _, name in short)
+            for at, _ in short:
                 taken.pop(at, None)
             raise StorageWriteFailed(f"{len(short)} blocks in the KV tier were not whole.")
 
@@ -274,8 +273,7 @@ class Blocks:
                         recovered += 1
                     else:
                         again.append(at)
-                        for name in names[at]:  # whatever it is, it is not what was frozen
-                            (self._tier.directory / name).unlink(missing_ok=True)
+                        self._tier.expel(names[at])  # whatever it is, it is not what was frozen
 
             await retried("storage", lambda _: in_thread(recover))
             if again:

@@ -158,6 +158,11 @@ class Engines:
         self._cache_start = 0
         self._breaker = Breaker(settings.breaker.failures, settings.breaker.cooldown_s)
 
+    def apply(self, settings: Settings) -> None:
+        """These limits, from now on."""
+        self._breaker.failures = settings.breaker.failures
+        self._breaker.cooldown_s = settings.breaker.cooldown_s
+
     @asynccontextmanager
     async def slot(self, model: str, session_id: str) -> AsyncIterator[Slot]:
         """Wait for a slot, as a request of that session does; the caller bounds the wait.

@@ -18,6 +18,7 @@ from typing import Any
 
 import blake3
 import msgspec
+from msgspec import structs
 
 from hive.errors import (
     InsufficientDisk,
@@ -29,6 +30,7 @@ from hive.errors import (
 from hive.policy.windows import Identity
 from hive.settings import open_regular
 from hive.storage.catalogue import Window
+from hive.storage.durable import renewed, synced, touched
 
 MANIFEST = "manifest.json"
 VERSION = 1
@@ -132,6 +134,8 @@ class WindowFiles:
 
     def __init__(self, directory: Path, tier: Path) -> None:
         self.directory, self.tier = directory, tier
+        # Folders of which a change may not be on disk, though nothing will say so again.
+        self._doubted: set[Path] = set()
 
     def folder(self, window_id: str) -> Path:
         return self.directory / window_id
@@ -141,7 +145,7 @@ class WindowFiles:
     def begin(self, window_id: str) -> Path:
         """An empty folder for what is being frozen. Raises StorageWriteFailed, InsufficientDisk."""
         part = self._unfinished(window_id)
-        with _writing(on=self.tier):
+        with writing(on=self.tier):
             self.directory.mkdir(mode=0o700, exist_ok=True)
             part.mkdir(mode=0o700, exist_ok=True)
         return part
@@ -176,7 +180,7 @@ class WindowFiles:
     def _taken(self, part: Path, at: int, rank: int, name: str) -> Block:
         own, theirs = part / f"{at:06d}-{rank}", self.tier / name
         size = 0
-        with _writing(FileNotFoundError, on=self.tier, needs=lambda: size):
+        with writing(FileNotFoundError, on=self.tier, needs=lambda: size):
             own.unlink(missing_ok=True)  # of an attempt before
             size = theirs.stat().st_size
             os.link(theirs, own)
@@ -188,7 +192,7 @@ class WindowFiles:
         Raises StorageWriteFailed, InsufficientDisk, and whatever `content` does.
         """
         flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
-        with _writing(), open(os.open(part / name, flags, 0o600), "wb") as file:
+        with writing(), open(os.open(part / name, flags, 0o600), "wb") as file:
             file.writelines(content)
             file.flush()
             os.fsync(file.fileno())
@@ -199,11 +203,12 @@ class WindowFiles:
         Raises StorageWriteFailed, InsufficientDisk.
         """
         folder = self.folder(manifest.id)
-        with _writing(on=self.tier, needs=lambda: len(sealed(manifest))):
-            if not folder.is_dir():  # else an attempt before came so far
-                self._write_manifest(part, manifest)
+        with writing(on=self.tier, needs=lambda: len(sealed(manifest))):
+            if folder.is_dir():  # an attempt before came so far, and its sync has failed
+                folder.rename(part)
+            self._write_manifest(part, manifest)
+            with synced(self.directory):
                 part.rename(folder)
-            _sync(self.directory)
         return folder
 
     def _write_manifest(self, folder: Path, manifest: Manifest) -> None:
@@ -213,12 +218,25 @@ class WindowFiles:
             file.write(sealed(manifest))
             file.flush()
             os.fsync(fd)
-        new.replace(folder / MANIFEST)
-        _sync(folder)
+        with self._synced(folder):
+            new.replace(folder / MANIFEST)
+
+    @contextlib.contextmanager
+    def _synced(self, folder: Path) -> Iterator[None]:
+        """`synced`; where that has failed before, all of the folder is made anew."""
+        try:
+            with synced(folder):
+                if folder in self._doubted:
+                    renewed(folder)
+                yield
+        except OSError:
+            self._doubted.add(folder)
+            raise
+        self._doubted.discard(folder)
 
     def rewrite(self, manifest: Manifest) -> None:
         """Replace the manifest of a window. Raises StorageWriteFailed."""
-        with _writing(on=self.tier, needs=lambda: len(sealed(manifest))):
+        with writing(on=self.tier, needs=lambda: len(sealed(manifest))):
             self._write_manifest(self.folder(manifest.id), manifest)
 
     def clone(self, manifest: Manifest, clone: Manifest) -> None:
@@ -226,7 +244,7 @@ class WindowFiles:
         part = self.begin(clone.id)
         source = self.folder(manifest.id)
         try:
-            with _writing(on=self.tier):
+            with writing(on=self.tier):
                 for block in _each(manifest):
                     with contextlib.suppress(FileNotFoundError):  # it is missing there as well
                         os.link(source / block.name, part / block.name)
@@ -296,23 +314,34 @@ class WindowFiles:
     def shared(self, manifest: Manifest) -> int:
         """How many of its files are LMCache's as well. Raises StorageReadFailed."""
         folder = self.folder(manifest.id)
-        try:
+        with reading("The KV tier"):
             with os.scandir(self.tier) as entries:
                 there = {entry.inode() for entry in entries}
-            mine = {entry.inode() for entry in os.scandir(folder) if entry.name != MANIFEST}
-        except OSError as exc:
-            raise StorageReadFailed(f"The KV tier cannot be read: {exc.strerror}.") from exc
+            with os.scandir(folder) as entries:
+                mine = {entry.inode() for entry in entries if entry.name != MANIFEST}
         return len(mine & there)
 
     def folders(self) -> set[str]:
-        """The ids of all windows that have a folder."""
-        if not self.directory.is_dir():
-            return set()
-        return {
-            entry.name
-            for entry in os.scandir(self.directory)
-            if entry.is_dir(follow_symlinks=False) and not entry.name.endswith(UNFINISHED)
-        }
+        """The ids of all windows that have a folder. Raises StorageReadFailed."""
+        with reading("The directory of windows"):
+            return {
+                entry.name
+                for entry in self._entries()
+                if entry.is_dir(follow_symlinks=False) and not entry.name.endswith(UNFINISHED)
+            }
+
+    def unfinished(self) -> list[str]:
+        """The ids of those that are not whole, or not gone. Raises StorageReadFailed."""
+        with reading("The directory of windows"):
+            names = [entry.name for entry in self._entries()]
+        return sorted(name.removesuffix(UNFINISHED) for name in names if name.endswith(UNFINISHED))
+
+    def _entries(self) -> "list[os.DirEntry[str]]":
+        try:
+            with os.scandir(self.directory) as entries:
+                return list(entries)
+        except FileNotFoundError:  # nothing was frozen yet
+            return []
 
     # ── thaw and repair ─────────────────────────────────────────────────────────────────────────
 
@@ -324,7 +353,7 @@ class WindowFiles:
         """
         linked = 0
         folder = self.folder(manifest.id)
-        with _writing(on=self.tier):
+        with writing(on=self.tier):
             for block, name in zip(manifest.blocks[chunk], names, strict=True):
                 own, theirs = folder / block.name, self.tier / name
                 with contextlib.suppress(FileNotFoundError):
@@ -342,7 +371,7 @@ class WindowFiles:
     def drop(self, manifest: Manifest, health: Health) -> None:
         """Take a chunk's corrupt blocks out of the window. Raises StorageWriteFailed."""
         folder = self.folder(manifest.id)
-        with _writing():
+        with writing():
             for name in health.corrupt:
                 own = folder / name
                 if own.is_dir() and not own.is_symlink():
@@ -357,13 +386,14 @@ class WindowFiles:
         """
         folder = self.folder(manifest.id)
         damaged = set()
-        with _writing():
+        with writing():
             for name in (name for one in health for name in one.damaged):
                 with contextlib.suppress(FileNotFoundError):
                     damaged.add((folder / name).stat(follow_symlinks=False).st_ino)
-            for entry in os.scandir(self.tier):
-                if entry.inode() in damaged and entry.is_file(follow_symlinks=False):
-                    Path(entry.path).unlink(missing_ok=True)
+            with os.scandir(self.tier) as entries:
+                for entry in entries:
+                    if entry.inode() in damaged and entry.is_file(follow_symlinks=False):
+                        Path(entry.path).unlink(missing_ok=True)
 
     def take_again(
         self, manifest: Manifest, chunk: int, names: Sequence[str], *, as_it_was: bool
@@ -374,44 +404,53 @@ class WindowFiles:
         """
         folder = self.folder(manifest.id)
         found: list[Block] = []
-        with _writing(on=self.tier):
-            for block, name in zip(manifest.blocks[chunk], names, strict=True):
-                try:
-                    theirs = _saved(self.tier / name)
-                except FileNotFoundError:
-                    return None
-                mine = Block(block.name, theirs.size, theirs.blake3)
-                if as_it_was and mine != block:
-                    return None
-                found.append(mine)
-            for block, name in zip(found, names, strict=True):
-                own = folder / block.name
-                new = folder / f".{secrets.token_hex(4)}"
-                try:
-                    os.link(self.tier / name, new)
-                except FileNotFoundError:
-                    return None
-                new.replace(own)
-                new.unlink(missing_ok=True)  # of one and the same file: then nothing was renamed
-            _sync(folder)
+        linked: list[Path] = []
+        with writing(on=self.tier):
+            try:
+                for block, name in zip(manifest.blocks[chunk], names, strict=True):
+                    new, theirs = folder / f".{secrets.token_hex(4)}", self.tier / name
+                    try:
+                        os.link(theirs, new)
+                    except FileNotFoundError:
+                        return None
+                    linked.append(new)
+                    # Of the link: another file may have the tier's name by now.
+                    mine = structs.replace(_saved(new, theirs), name=block.name)
+                    if as_it_was and mine != block:
+                        return None
+                    found.append(mine)
+                with self._synced(folder):
+                    for block, new in zip(found, linked, strict=True):
+                        new.replace(folder / block.name)
+            finally:
+                for new in linked:  # one and the same file is not renamed
+                    new.unlink(missing_ok=True)
         return found
 
     # ── the end ─────────────────────────────────────────────────────────────────────────────────
 
     def remove(self, window_id: str) -> None:
         """The folder, finished or not; removing it again does nothing. Raises StorageWriteFailed."""
-        with _writing():
-            unfinished = self._unfinished(window_id)
-            with contextlib.suppress(FileNotFoundError):
-                # From this moment on it is no window, however far the rest comes.
-                self.folder(window_id).rename(unfinished)
-            with contextlib.suppress(FileNotFoundError):
-                if unfinished.is_dir() and not unfinished.is_symlink():
-                    shutil.rmtree(unfinished)
-                else:
-                    unfinished.unlink()
-            if self.directory.is_dir():
-                _sync(self.directory)
+        folder, unfinished = self.folder(window_id), self._unfinished(window_id)
+        with writing():
+            if not self.directory.is_dir():
+                return
+            try:
+                with synced(self.directory):
+                    with contextlib.suppress(FileNotFoundError):
+                        # From this moment on it is no window, however far the rest comes.
+                        folder.rename(unfinished)
+                    with contextlib.suppress(FileNotFoundError):
+                        if unfinished.is_dir() and not unfinished.is_symlink():
+                            shutil.rmtree(unfinished)
+                        else:
+                            unfinished.unlink()
+                    if folder in self._doubted:
+                        touched(self.directory, unfinished.name)
+            except OSError:
+                self._doubted.add(folder)
+                raise
+            self._doubted -= {folder, unfinished}
 
     def _unfinished(self, window_id: str) -> Path:
         return self.directory / f"{window_id}{UNFINISHED}"
@@ -493,15 +532,6 @@ def _measured(path: Path, *, is_synced: bool = False) -> Block:
         return Block(path.name, file.tell(), told.hexdigest())
 
 
-def _sync(directory: Path) -> None:
-    """What was made, renamed or removed in it is on disk."""
-    fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)
-
-
 class _NotSynced(OSError):
     """What was written is not on disk."""
 
@@ -540,17 +570,14 @@ def full(on: Path, needed: int) -> InsufficientDisk:
     )
 
 
-def _nothing() -> int:
-    return 0
-
-
 @contextlib.contextmanager
-def _writing(
-    *but: type[OSError], on: Path | None = None, needs: Callable[[], int] = _nothing
+def writing(
+    *but: type[OSError], on: Path | None = None, needs: Callable[[], int] = int
 ) -> Iterator[None]:
     """The system's errors as the storage's (R102, C25), `but` some.
 
-    `on` is a directory of the disk that may be full, `needs` how many bytes were to be written.
+    `on` is a directory of the disk that may be full, `needs` how many bytes were to be written, 0
+    where nobody knows.
     """
     try:
         yield
@@ -568,3 +595,12 @@ def _writing(
                 action="Free space there, or delete old windows with 'hive window delete'.",
             ) from exc
         raise StorageWriteFailed(f"Failed to save context data: {exc.strerror}.") from exc
+
+
+@contextlib.contextmanager
+def reading(what: str) -> Iterator[None]:
+    """The system's errors as the storage's (R102); `what` begins the sentence."""
+    try:
+        yield
+    except OSError as exc:
+        raise StorageReadFailed(f"{what} cannot be read: {exc.strerror}.") from exc

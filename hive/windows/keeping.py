@@ -1,6 +1,5 @@
 """All that keeps windows, built and tied together: catalogue, files, sessions, operations."""
 
-import asyncio
 import logging
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -17,6 +16,7 @@ from hive.windows.operations import Windows
 from hive.windows.recovery import recover
 from hive.windows.sessions import Sessions
 from hive.windows.tier import Tier
+from hive.windows.work import in_thread
 from hive.workers.fleet import Fleet
 from hive.workers.site import WINDOWS
 
@@ -31,6 +31,11 @@ class Keeping:
     windows: Windows
     backups: Backups
     engines: Engines
+
+    def apply(self, settings: Settings) -> None:
+        """What may change while hive runs, from now on."""
+        for part in (self.sessions, self.windows, self.backups, self.engines):
+            part.apply(settings)
 
 
 @asynccontextmanager
@@ -56,8 +61,7 @@ async def keeping(
         blocks = Blocks(files, tier, engines)
         windows = Windows(settings, catalogue, files, blocks, sessions, announcer)
         backups = Backups(settings, windows, files, blocks)
-        await backups.tidy()
         await windows.count()
-        await asyncio.to_thread(tier.clear)
-        async with sessions.running(), windows.running(), tier.bounded():
+        await in_thread(tier.clear)
+        async with sessions.running(), windows.running(), tier.bounded(), backups.running():
             yield Keeping(sessions, windows, backups, engines)

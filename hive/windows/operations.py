@@ -33,7 +33,7 @@ from hive.errors import (
     WindowAlreadyExists,
     WindowNotFound,
 )
-from hive.events import Announcer, WindowOperationEnded, WindowsCounted
+from hive.events import Announcer, RollbackMoved, WindowOperationEnded, WindowsCounted
 from hive.policy import conversations
 from hive.policy.windows import WINDOW_NAME, SessionState, WindowState
 from hive.settings import Settings
@@ -44,12 +44,12 @@ from hive.windows.files import Health, WindowFiles
 from hive.windows.sessions import Sessions, checked_id
 from hive.windows.work import (
     LIMIT_S,
+    STATE,
     Progress,
-    hangs,
     in_thread,
+    left_behind,
     limit_s,
     limited,
-    nothing_hangs,
     retried,
     unheard,
 )
@@ -111,11 +111,10 @@ class Windows:
         sessions: Sessions,
         announcer: Announcer,
     ) -> None:
-        self._settings = settings.windows
+        self.apply(settings)
         self._catalogue, self._files, self._blocks = catalogue, files, blocks
         self._sessions = sessions
         self._announcer = announcer
-        self._most_bytes = int(self._settings.max_gib * GIB)  # of one key
         self._busy: set[str] = set()  # windows that something is done with
         self._removals: set[asyncio.Task[None]] = set()
         self._tasks: asyncio.TaskGroup | None = None
@@ -131,6 +130,11 @@ class Windows:
                 self._tasks = None  # what is left to be removed is so at the next start
                 for one in self._removals:
                     one.cancel()
+
+    def apply(self, settings: Settings) -> None:
+        """These limits, from now on."""
+        self._settings = settings.windows
+        self._most_bytes = int(self._settings.max_gib * GIB)  # of one key
 
     # ── freeze ──────────────────────────────────────────────────────────────────────────────────
 
@@ -189,11 +193,9 @@ class Windows:
                     await self._catalogue.begin_window(window, self._settings.max_windows)
                     async with limited(LIMIT_S, began) as limit:
                         window = await self._blocks.captured(window, said, limit, told)
-                    await self._catalogue.commit_window(
-                        window, keep_active=keep_active, most_bytes=self._most_bytes
-                    )
+                    await self._committed(window, keep_active=keep_active)
                 except BaseException:
-                    await to_the_end(self._undone(window))
+                    await to_the_end(self._gone(window.id))
                     raise
                 if not keep_active:
                     self._sessions.moved(session, SessionState.FROZEN)
@@ -201,14 +203,24 @@ class Windows:
                 await self.count()
                 return replace(window, state=WindowState.FROZEN)
 
-    async def _undone(self, window: Window) -> None:
-        """As if nothing had been tried (R107), unless it was done before its client left."""
-        await self._gone(window.id)
+    async def _committed(self, window: Window, *, keep_active: bool) -> None:
+        """`commit_window`; where nobody was told how that ended, what became of it counts."""
+        try:
+            await self._catalogue.commit_window(
+                window, keep_active=keep_active, most_bytes=self._most_bytes
+            )
+        except StoreUnreachable:
+            row = None
+            with contextlib.suppress(StoreUnreachable):  # then the first one is told
+                row = await self._catalogue.window_by_id(window.id)
+            if row is None or row.state is not WindowState.FROZEN:
+                raise
+            log.warning("window %s: its commit came late, and has happened", window.name)
 
     async def _gone(self, window_id: str) -> HiveError | None:
-        """Take away a window that is not frozen; what kept the first try from it.
+        """Take away a window, as if nothing had been tried (R107); what kept the first try from it.
 
-        It is tried until it is gone, while `running`, and by the next start after that: its row is
+        One that is frozen all the same, because its client left too late, stays. It is tried until it is gone, while `running`, and by the next start after that: its row is
         there as long, and so is its name.
         """
         if self._tasks is None:
@@ -224,15 +236,21 @@ class Windows:
     async def _removing(self, window_id: str, first: "asyncio.Future[HiveError | None]") -> None:
         pause_s = AGAIN_S[0]
         error: HiveError | None = None
+        is_told = False
         try:
             while True:
-                if hangs() and not first.done():
-                    first.set_result(OperationTimeout("The disk under server.state_dir hangs."))
+                if STATE.hangs and not first.done():
+                    error = OperationTimeout("The disk under server.state_dir hangs.")
+                    first.set_result(error)
+                    is_told = self._told_of_rollback(window_id, error.code)
                 error = await self._tried_to_remove(window_id)
                 if not first.done():
                     first.set_result(error)
                 if error is None:
+                    if is_told:
+                        self._announcer.announce(RollbackMoved(window_id, is_undone=True))
                     return
+                is_told = is_told or self._told_of_rollback(window_id, error.code)
                 log.critical(
                     "a window could not be removed (%s): %s; that is tried again in %g s",
                     *(window_id, error.message, pause_s),
@@ -243,9 +261,13 @@ class Windows:
             if not first.done():  # it was broken off: the next start takes it away
                 first.set_result(error or OperationTimeout("hive is ending."))
 
+    def _told_of_rollback(self, window_id: str, code: str) -> bool:
+        self._announcer.announce(RollbackMoved(window_id, is_undone=False, code=code))
+        return True
+
     async def _tried_to_remove(self, window_id: str) -> HiveError | None:
         try:
-            await nothing_hangs()  # what still writes there would be in the way
+            await STATE.nothing_hangs()  # what still writes there would be in the way
             async with limited(LIMIT_S, time.monotonic()):
                 row = await self._catalogue.window_by_id(window_id)
                 if row is None or row.state is not WindowState.FROZEN:
@@ -368,7 +390,8 @@ class Windows:
         checked_name(new_name)
         window = await self.window(owner, name)
         async with self.noted("clone", new_name, window) as note, self.alone(window):
-            manifest = await self._blocks.manifest(window.id)
+            async with limited(LIMIT_S, began):
+                manifest = await self._blocks.manifest(window.id)
             cloned = structs.replace(
                 manifest,
                 id=secrets.token_hex(16),
@@ -399,9 +422,9 @@ class Windows:
         try:
             await self._catalogue.begin_window(row, self._settings.max_windows)
             await fill()
-            await self._catalogue.commit_window(row, keep_active=True, most_bytes=self._most_bytes)
+            await self._committed(row, keep_active=True)
         except BaseException:
-            await to_the_end(self._undone(row))
+            await to_the_end(self._gone(row.id))
             raise
         await self.count()
         return replace(row, state=WindowState.FROZEN)
@@ -474,17 +497,33 @@ class Windows:
 
     @asynccontextmanager
     async def alone(self, window: Window) -> AsyncIterator[None]:
-        """Nothing else is done with it meanwhile. Raises InvalidStateTransition."""
+        """Nothing else is done with it meanwhile, nor while a disk keeps what was: whoever comes back
+        late finds nobody's work but its own. Raises InvalidStateTransition.
+        """
         if window.id in self._busy:
             raise InvalidStateTransition(
                 "Cannot perform this operation in current state: another operation on the window "
                 "is under way."
             )
         self._busy.add(window.id)
-        try:
-            yield
-        finally:
-            self._busy.discard(window.id)
+        with left_behind() as left:
+            try:
+                yield
+            finally:
+                self._let_go(window.id, left)
+
+    def _let_go(self, window_id: str, left: "set[asyncio.Future[Any]]") -> None:
+        """As soon as nothing is at work on it any more."""
+
+        def came_back(doing: "asyncio.Future[Any]") -> None:
+            left.discard(doing)
+            self._let_go(window_id, left)
+
+        for doing in left:
+            if not doing.done():
+                doing.add_done_callback(came_back)
+                return
+        self._busy.discard(window_id)
 
     @asynccontextmanager
     async def noted(

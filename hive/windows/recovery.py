@@ -4,14 +4,13 @@ A row is written before a folder and removed after it. So a folder without a row
 the catalogue itself was lost: then windows are had again by their manifests.
 """
 
-import asyncio
 import logging
-from pathlib import Path
 
 from hive.errors import HiveError, StorageReadFailed, StoreUnreachable, WindowAlreadyExists
 from hive.policy.windows import WindowState
-from hive.storage.catalogue import Catalogue, Window
+from hive.storage.catalogue import Catalogue
 from hive.windows.files import WindowFiles
+from hive.windows.work import in_thread
 
 log = logging.getLogger(__name__)
 
@@ -21,19 +20,19 @@ IMPORTED = "imported"  # a mark of the catalogue: every window was had again tha
 async def recover(catalogue: Catalogue, files: WindowFiles) -> list[str]:
     """Bring catalogue and folders into step; a line for each thing that was done or found.
 
-    Raises StoreUnreachable.
+    Raises StoreUnreachable, StorageReadFailed.
     """
     found: list[str] = []
     for state in (WindowState.FREEZING, WindowState.DELETING):
-        for window in await catalogue.windows(None, state=state):
+        async for window in catalogue.every_window(state):
             what = "was not frozen whole" if state is WindowState.FREEZING else "was being deleted"
             if error := await _removed(files, window.id):
                 found.append(f"window {window.name} {what}, and cannot be removed: {error}")
                 continue
             await catalogue.remove_window(window.id)
             found.append(f"window {window.name} {what}: removed")
-    rows = {window.id: window for window in await _all(catalogue)}
-    folders = await asyncio.to_thread(files.folders)
+    rows = {window.id: window async for window in catalogue.every_window(WindowState.FROZEN)}
+    folders = await in_thread(files.folders)
     must_import = not await catalogue.has_mark(IMPORTED)
     is_whole = True
     for window_id in sorted(folders - set(rows)):
@@ -51,41 +50,26 @@ async def recover(catalogue: Catalogue, files: WindowFiles) -> list[str]:
     ]
     if must_import and is_whole:
         await catalogue.set_mark(IMPORTED)
-    for folder in await asyncio.to_thread(_unfinished, files):
-        error = await _removed(files, folder.stem)
+    for window_id in await in_thread(files.unfinished):
+        error = await _removed(files, window_id)
         what = f"cannot be removed: {error}" if error else "removed"
-        found.append(f"the folder {folder.name} was not finished: {what}")
+        found.append(f"the folder {window_id}.part was not finished: {what}")
     return found
 
 
 async def _removed(files: WindowFiles, window_id: str) -> str:
     """What keeps a folder from being removed; hive starts all the same."""
     try:
-        await asyncio.to_thread(files.remove, window_id)
+        await in_thread(files.remove, window_id)
     except HiveError as exc:
         return exc.message
     return ""
 
 
-async def _all(catalogue: Catalogue) -> list[Window]:
-    windows: list[Window] = []
-    begin = 0
-    while page := await catalogue.windows(None, sort="name", is_descending=False, begin=begin):
-        windows += page
-        begin += len(page)
-    return windows
-
-
-def _unfinished(files: WindowFiles) -> list[Path]:
-    if not files.directory.is_dir():
-        return []
-    return sorted(files.directory.glob("*.part"))
-
-
 async def _import(catalogue: Catalogue, files: WindowFiles, window_id: str) -> str:
     """What became of it. Raises StoreUnreachable, StorageReadFailed."""
     try:
-        manifest = await asyncio.to_thread(files.manifest, window_id)
+        manifest = await in_thread(files.manifest, window_id)
         await catalogue.add_window(manifest.window())
     except WindowAlreadyExists:
         return f"the folder {window_id} has a window of a name that is taken: left as it is"

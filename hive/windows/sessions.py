@@ -95,15 +95,13 @@ class Sessions:
     """Of every model with `windows = true`. `running` must be entered for anything to be recorded."""
 
     def __init__(self, settings: Settings, catalogue: Catalogue, announcer: Announcer) -> None:
-        self._models = settings.models
-        self._idle_s = settings.windows.session_idle_s
-        self._most = settings.windows.max_sessions
+        self.apply(settings)
         self._catalogue, self._announcer = catalogue, announcer
         self._uses: dict[str, _Use] = {}
         self._changes = 0  # of states, by anybody here
         self._unproved: dict[str, tuple[str, str, int]] = {}  # by session: window and promise
         self._behind: set[str] = set()  # whose last answer could not be written down
-        self._is_expiring = False
+        self._expiring_before: float | None = None  # what was not used since then expires just now
         self._has_expired = asyncio.Event()
         self._tasks: asyncio.TaskGroup | None = None
 
@@ -117,6 +115,12 @@ class Sessions:
                 yield
             finally:
                 expiring.cancel()  # what is being recorded is awaited
+
+    def apply(self, settings: Settings) -> None:
+        """These limits, from now on; a shorter idle time at the next look."""
+        self._models = settings.models
+        self._idle_s = settings.windows.session_idle_s
+        self._most = settings.windows.max_sessions
 
     # ── for clients ─────────────────────────────────────────────────────────────────────────────
 
@@ -200,11 +204,11 @@ class Sessions:
         session is another model's.
         """
         while True:
-            while self._is_expiring:
-                await self._has_expired.wait()
             changes = self._changes
             session = await self._catalogue.session(checked_id(session_id), owner)
-            if changes == self._changes and not self._is_expiring:
+            if self._expiring_before is not None and session.used_at < self._expiring_before:
+                await self._has_expired.wait()  # it may be one of those that expire just now
+            elif changes == self._changes:
                 break  # else it may be older than what was just decided
         use = self._uses.get(session_id)
         if use is not None and use.is_freezing:
@@ -350,19 +354,17 @@ class Sessions:
             del self._uses[session_id]
 
     async def _expiring(self) -> None:
-        pause_s = min(EXPIRE_S, self._idle_s / 2)
         while True:
-            await asyncio.sleep(pause_s)
-            self._is_expiring = True
+            await asyncio.sleep(min(EXPIRE_S, self._idle_s / 2))
+            self._expiring_before = since = time.time() - self._idle_s
             self._has_expired.clear()
             try:
                 with contextlib.suppress(StoreUnreachable):  # the database is away: later, then
-                    since = time.time() - self._idle_s
                     if count := await self._catalogue.expire(since, but=[*self._uses]):
                         log.info("%d idle sessions have expired", count)
             finally:
                 self._changes += 1
-                self._is_expiring = False
+                self._expiring_before = None
                 self._has_expired.set()
 
     def __repr__(self) -> str:

@@ -8,11 +8,13 @@ import asyncio
 import contextlib
 import logging
 import os
+import shutil
 from collections import Counter
 from collections.abc import AsyncIterator, Iterable, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
 
+from hive.windows.files import reading, writing
 from hive.windows.work import in_thread
 
 log = logging.getLogger(__name__)
@@ -41,18 +43,33 @@ class Tier:
             self._held += Counter()  # forgets those that nobody holds
 
     def missing(self, names: Iterable[str]) -> list[str]:
-        """Which of these files are not there."""
-        return [name for name in names if not (self.directory / name).exists()]
+        """Which of these files are not there. Raises StorageReadFailed."""
+        with reading("The KV tier"):
+            return [name for name in names if not _is_there(self.directory / name)]
 
     def largest(self, beginning: str) -> int:
-        """Bytes of the largest file whose name begins so; 0 where there is none. Raises OSError."""
-        with os.scandir(self.directory) as entries:
-            named = [entry for entry in entries if entry.name.startswith(beginning)]
+        """Bytes of the largest file whose name begins so; 0 where there is none.
+
+        Raises StorageReadFailed.
+        """
         sizes = [0]
-        for entry in named:
-            with contextlib.suppress(FileNotFoundError):
-                sizes.append(entry.stat(follow_symlinks=False).st_size)
+        with reading("The KV tier"), os.scandir(self.directory) as entries:
+            for entry in entries:
+                if entry.name.startswith(beginning):
+                    with contextlib.suppress(FileNotFoundError):
+                        sizes.append(entry.stat(follow_symlinks=False).st_size)
         return max(sizes)
+
+    def free(self) -> int:
+        """Bytes that the disk under it has left. Raises StorageReadFailed."""
+        with reading("The KV tier"):
+            return shutil.disk_usage(self.directory).free
+
+    def expel(self, names: Iterable[str]) -> None:
+        """Take these files out of it, where they are there. Raises StorageWriteFailed."""
+        with writing():
+            for name in names:
+                (self.directory / name).unlink(missing_ok=True)
 
     @asynccontextmanager
     async def bounded(self) -> AsyncIterator[None]:
@@ -107,3 +124,12 @@ class Tier:
 
     def __repr__(self) -> str:
         return f"<Tier {self.directory}>"
+
+
+def _is_there(path: Path) -> bool:
+    """Raises OSError where that cannot be known."""
+    try:
+        path.stat()
+    except FileNotFoundError:
+        return False
+    return True

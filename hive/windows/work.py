@@ -3,19 +3,20 @@
 import asyncio
 import contextlib
 import logging
-import random
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from contextlib import asynccontextmanager, contextmanager
+from contextvars import ContextVar
 from functools import partial
 from typing import Any, TypeVar
 from weakref import WeakKeyDictionary
 
-from tenacity import AsyncRetrying, RetryCallState, retry_if_exception_type, stop_after_attempt
+from tenacity import RetryCallState
 
 from hive.errors import OperationTimeout, StorageReadFailed, StorageWriteFailed
 from hive.policy.retries import RETRIES
-from hive.workers.preparing import in_its_own_thread
+from hive.storage.threads import in_its_own_thread
+from hive.storage.trying import by_table
 
 log = logging.getLogger(__name__)
 
@@ -70,29 +71,25 @@ async def limited(seconds: float, began: float) -> AsyncIterator[Limit]:
 async def retried(operation: str, attempt: Callable[[bool], Awaitable[T]]) -> T:
     """By the table (R101): what is tried hears whether it was tried before.
 
-    A file that went away meanwhile counts as one that could not be written.
+    A file that went away meanwhile counts as one that could not be written. What no repetition helps
+    is told at once (C25).
     """
-    policy = RETRIES[operation]
+    is_again = False
 
     async def call() -> T:
         try:
-            return await attempt(retrying.statistics["attempt_number"] > 1)
+            return await attempt(is_again)
         except FileNotFoundError as exc:
             raise StorageWriteFailed("A block went away while it was being linked.") from exc
 
     def tell(state: RetryCallState) -> None:
+        nonlocal is_again
+        is_again = True
         error = state.outcome.exception() if state.outcome else None
         log.warning("%s failed, attempt %d: %s", operation, state.attempt_number, error)
 
-    retrying = AsyncRetrying(
-        stop=stop_after_attempt(policy.calls),
-        wait=lambda state: policy.delay_s(state.attempt_number, random.random()),  # noqa: S311
-        # C25: what no repetition helps is told at once.
-        retry=retry_if_exception_type((StorageWriteFailed, StorageReadFailed)),
-        before_sleep=tell,
-        reraise=True,
-    )
-    return await retrying(call)
+    again = (StorageWriteFailed, StorageReadFailed)
+    return await by_table(RETRIES[operation], call, again, tell)
 
 
 class _Stopped(Exception):
@@ -120,53 +117,81 @@ class Teller:
             self._loop.call_soon_threadsafe(self._told, self._phase, done, self._total)
 
 
-# Not asyncio's own threads: however slow the disk is, engines are started and watched meanwhile.
-_turns: WeakKeyDictionary[asyncio.AbstractEventLoop, asyncio.Semaphore] = WeakKeyDictionary()
-_hanging: set["asyncio.Future[Any]"] = set()  # what nobody waits for any more, and goes on
+class Disk:
+    """Threads for one disk, not asyncio's own: however slow it is, all else goes on meanwhile."""
+
+    def __init__(self, name: str, threads: int = THREADS) -> None:
+        self._name, self._threads = name, threads
+        self._turns: WeakKeyDictionary[asyncio.AbstractEventLoop, asyncio.Semaphore]
+        self._turns = WeakKeyDictionary()
+        self._hanging: set[asyncio.Future[Any]] = set()  # nobody waits for it, and it goes on
+
+    async def run(self, work: Callable[..., T], *args: Any, teller: Teller | None = None) -> T:
+        """What blocks. Cancelled, it stops where it can, and nothing is done before it has: what
+        undoes it would be in its way.
+
+        A disk that hangs cannot be stopped: who is cancelled goes on after HANGS_S,
+        `nothing_hangs` and `left_behind` tell when the thread has come back, and hive's end waits
+        for none.
+        """
+        loop = asyncio.get_running_loop()
+        turn = self._turns.setdefault(loop, asyncio.Semaphore(self._threads))
+        await turn.acquire()
+        doing = asyncio.ensure_future(in_its_own_thread(partial(work, *args)))
+        doing.add_done_callback(lambda _: turn.release())
+        try:
+            return await asyncio.shield(doing)
+        except asyncio.CancelledError:
+            if teller:
+                teller.stop()
+            until = time.monotonic() + HANGS_S
+            while not doing.done() and (left_s := until - time.monotonic()) > 0:
+                with contextlib.suppress(asyncio.CancelledError):
+                    await asyncio.wait({doing}, timeout=left_s)
+            if not doing.done():
+                self._leave(doing, getattr(work, "__name__", "work"))
+            elif not doing.cancelled():
+                doing.exception()  # nobody is there to be told
+            raise
+
+    def _leave(self, doing: "asyncio.Future[Any]", name: str) -> None:
+        log.error("the disk under %s hangs: %s is not waited for any more", self._name, name)
+        self._hanging.add(doing)
+        if (mine := _left_behind.get()) is not None:
+            mine.add(doing)
+        doing.add_done_callback(self._came_back)
+
+    def _came_back(self, doing: "asyncio.Future[Any]") -> None:
+        self._hanging.discard(doing)
+        if not doing.cancelled():
+            doing.exception()  # nobody is there to be told
+
+    @property
+    def hangs(self) -> bool:
+        """Whether a thread is at work that nobody waits for any more."""
+        return bool(self._hanging)
+
+    async def nothing_hangs(self) -> None:
+        """Return when no thread is at work any more that nobody waits for."""
+        while self._hanging:
+            await asyncio.wait(set(self._hanging))
+
+    def __repr__(self) -> str:
+        return f"<Disk under {self._name}>"
 
 
-async def in_thread(work: Callable[..., T], *args: Any, teller: Teller | None = None) -> T:
-    """What blocks. Cancelled, it stops where it can, and nothing is done before it has: what undoes
-    it would be in its way.
+STATE = Disk("server.state_dir")  # the one that windows are on
+in_thread = STATE.run
 
-    A disk that hangs cannot be stopped: who is cancelled goes on after HANGS_S, `nothing_hangs`
-    tells when the thread has come back, and hive's end waits for none.
-    """
-    turn = _turns.setdefault(asyncio.get_running_loop(), asyncio.Semaphore(THREADS))
-    await turn.acquire()
-    doing = asyncio.ensure_future(in_its_own_thread(partial(work, *args)))
-    doing.add_done_callback(lambda _: turn.release())
+_left_behind: ContextVar[set["asyncio.Future[Any]"] | None] = ContextVar("left", default=None)
+
+
+@contextmanager
+def left_behind() -> Iterator[set["asyncio.Future[Any]"]]:
+    """What the block leaves in threads of a disk that hangs, and may yet come back."""
+    left: set[asyncio.Future[Any]] = set()
+    token = _left_behind.set(left)
     try:
-        return await asyncio.shield(doing)
-    except asyncio.CancelledError:
-        if teller:
-            teller.stop()
-        until = time.monotonic() + HANGS_S
-        while not doing.done() and (left_s := until - time.monotonic()) > 0:
-            with contextlib.suppress(asyncio.CancelledError):
-                await asyncio.wait({doing}, timeout=left_s)
-        _hanging.add(doing)
-        doing.add_done_callback(_came_back)
-        if not doing.done():
-            log.error(  # noqa: TRY400 (no traceback tells more)
-                "the disk under server.state_dir hangs: %s is not waited for any more",
-                getattr(work, "__name__", "work"),
-            )
-        raise
-
-
-def _came_back(doing: "asyncio.Future[Any]") -> None:
-    _hanging.discard(doing)
-    if not doing.cancelled():
-        doing.exception()  # nobody is there to be told
-
-
-def hangs() -> bool:
-    """Whether a thread is at work that nobody waits for any more."""
-    return bool(_hanging)
-
-
-async def nothing_hangs() -> None:
-    """Return when no thread is at work any more that nobody waits for."""
-    while _hanging:
-        await asyncio.wait(set(_hanging))
+        yield left
+    finally:
+        _left_behind.reset(token)

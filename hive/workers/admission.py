@@ -129,6 +129,14 @@ class Door:
         for worker in self.workers.values():
             worker.on_move = self.worker_moved
 
+    def apply(self, depth: int, breaker: BreakerSettings) -> None:
+        """Other limits from now on; whoever waits already keeps its place."""
+        self.room.depth = depth
+        for worker, its in self.breakers.items():
+            its.failures, its.cooldown_s = breaker.failures, breaker.cooldown_s
+            if worker in self._cooling:
+                self._cool(self.workers[worker], its.retry_in_s(time.monotonic()))
+
     @property
     def in_flight(self) -> int:
         """Slots held, those of aborts that are not confirmed included."""

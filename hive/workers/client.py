@@ -1,6 +1,7 @@
 """hive's own requests to an engine: health, probes, metrics, small work; each with a deadline."""
 
 import asyncio
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Self
 
@@ -76,6 +77,28 @@ class EngineClient:
                 return answer.status, await answer.read()
         except (OSError, TimeoutError, asyncio.IncompleteReadError, aiohttp.ClientError) as exc:
             raise ProbeFailed(f"{method} {path}: {type(exc).__name__}") from exc
+
+    async def read(
+        self, path: str, within_s: float, most_bytes: int, headers: Mapping[str, str] | None = None
+    ) -> tuple[int, bytes]:
+        """GET: status and raw answer, as it was sent. Raises ProbeFailed when it is longer, late, or
+        breaks off."""
+        limit = aiohttp.ClientTimeout(total=within_s)
+        asked = {"Accept-Encoding": "identity", **(headers or {})}
+        try:
+            async with self._session.get(
+                path, headers=asked, timeout=limit, allow_redirects=False, auto_decompress=False
+            ) as answer:
+                body = bytearray()
+                async for piece in answer.content.iter_any():
+                    body += piece
+                    if len(body) > most_bytes:
+                        raise ProbeFailed(f"GET {path}: more than {most_bytes} bytes")
+                return answer.status, bytes(body)
+        except (OSError, TimeoutError, asyncio.IncompleteReadError, aiohttp.ClientError) as exc:
+            raise ProbeFailed(f"GET {path}: {type(exc).__name__}") from exc
+        except RuntimeError as exc:  # it was closed just now
+            raise ProbeFailed(f"GET {path}: {exc}") from exc
 
     async def must(self, method: str, path: str, body: Any = None) -> bytes:
         """Like `ask`, and anything but 2xx is ProbeFailed."""

@@ -51,6 +51,13 @@ def engine_of(name: str, model: Model, kv: Site | None) -> Engine:
     return kind(name, model, kv)
 
 
+def _policy_of(settings: Settings) -> RestartPolicy:
+    restarts = settings.restarts
+    return RestartPolicy(
+        restarts.starts, restarts.window_s, restarts.backoff_s, restarts.backoff_max_s
+    )
+
+
 class Fleet:
     """Workers by id; ids are <model>-<n> and stay the same across restarts."""
 
@@ -80,10 +87,7 @@ class Fleet:
         self.cache: Worker | None = None  # the LMCache server
         self._cache_moved = asyncio.Event()
         self._renewal = {name: asyncio.Lock() for name in settings.models}
-        restarts = settings.restarts
-        self._policy = RestartPolicy(
-            restarts.starts, restarts.window_s, restarts.backoff_s, restarts.backoff_max_s
-        )
+        self._policy = _policy_of(settings)
         if self.site is not None:
             plan = self._plan_of_cache(self.site)
             self.cache = Worker(plan, self._new_place, announcer, devices, ledger)
@@ -149,6 +153,21 @@ class Fleet:
         while os.path.lexists(home):
             home = homes / str(next(self._numbers))
         return Place(home, log, groups=self._groups, records=self._ledger.directory)
+
+    def apply(self, settings: Settings) -> None:
+        """What may change while hive runs, from now on."""
+        self._settings, self._policy = settings, _policy_of(settings)
+        for worker in self.workers.values():
+            model = settings.models[worker.model]
+            worker.apply(
+                timeouts=settings.timeouts_of(model),
+                restarts=self._policy,
+                drain_s=settings.server.drain_s,
+            )
+        if self.cache is not None:
+            self.cache.apply(timeouts=settings.timeouts, restarts=self._policy, drain_s=0)
+        for name, door in self.doors.items():
+            door.apply(settings.models[name].queue_depth, settings.breaker)
 
     @asynccontextmanager
     async def running(self) -> AsyncIterator[None]:

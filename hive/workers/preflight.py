@@ -27,7 +27,6 @@ from hive.errors import (
 )
 from hive.policy.visible import visible
 from hive.settings import Model, Settings
-from hive.storage import postgres
 from hive.workers import directories, guard, lmcache
 from hive.workers.asking import ask
 from hive.workers.footprint import (
@@ -48,6 +47,7 @@ from hive.workers.vllm import files_of, on_cuda, python_of
 
 LINK = ".link-"  # how the name of a link that is only tried begins
 VERSIONS_S = 60.0
+BACKUPS_S = 2.0  # for the disk of backups, which may be far away, to answer
 _VERSIONS = (
     "import importlib.metadata as m, json\n"
     "def v(n, build=''):\n"
@@ -193,7 +193,17 @@ def _check_cache(settings: Settings) -> Iterator[Finding]:
 
 
 def _check_backups(settings: Settings) -> Finding:
-    """Where backups go, made and for hive's user alone: they hold what protects a session."""
+    """Where backups go; a disk that does not answer keeps nobody from serving models."""
+    found: list[Finding] = []
+    looking = threading.Thread(target=lambda: found.append(_backups(settings)), daemon=True)
+    looking.start()
+    looking.join(BACKUPS_S)
+    late = f"{settings.backup_dir} does not answer within {BACKUPS_S:g} s: no backups until it does"
+    return found[0] if found else Finding("backups", late)
+
+
+def _backups(settings: Settings) -> Finding:
+    """Made, and for hive's user alone: they hold what protects a session."""
     subject, path = "backups", settings.backup_dir
     if not settings.server.state_dir.exists():  # `hive check` makes nothing
         return Finding(subject, str(path))
@@ -225,6 +235,8 @@ def _check_catalogue(settings: Settings) -> Iterator[Finding]:
     """Whether PostgreSQL can be used for it; a file of SQLite is hive's own to make."""
     subject, url = "catalogue", settings.windows.catalogue_url.get_secret_value()
     if url:
+        from hive.storage import postgres  # noqa: PLC0415 (where it is used: it brings a library)
+
         try:
             found = asyncio.run(postgres.look(settings.server.state_dir, url))
             yield Finding(subject, found)

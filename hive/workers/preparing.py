@@ -6,12 +6,13 @@ import functools
 import logging
 import threading
 import time
-from collections.abc import Callable, Coroutine, Mapping
-from typing import Any, TypeVar, cast
+from collections.abc import Coroutine, Mapping
+from typing import Any, TypeVar
 
 from hive.devices import nvml
 from hive.errors import CudaDeviceNotFound, CudaDriverMissing
 from hive.settings import Settings
+from hive.storage.threads import in_its_own_thread
 from hive.workers import preflight
 from hive.workers.janitor import sweep
 from hive.workers.ledger import Ledger
@@ -72,29 +73,3 @@ async def unless(stopped: asyncio.Event, work: Coroutine[Any, Any, Result]) -> R
         return None
     finally:
         stopping.cancel()
-
-
-async def in_its_own_thread(work: Callable[[], Result]) -> Result:
-    """Like asyncio.to_thread, but the end of hive does not wait for it."""
-    loop = asyncio.get_running_loop()
-    done: asyncio.Future[Result] = loop.create_future()
-
-    def tell(result: Result | None, error: BaseException | None) -> None:
-        if done.done():
-            return
-        if error is not None:
-            done.set_exception(error)
-        else:
-            done.set_result(cast(Result, result))
-
-    def run() -> None:
-        result, error = None, None
-        try:
-            result = work()
-        except BaseException as exc:  # noqa: BLE001 (it is raised where it is waited for)
-            error = exc
-        with contextlib.suppress(RuntimeError):  # the loop has ended meanwhile
-            loop.call_soon_threadsafe(tell, result, error)
-
-    threading.Thread(target=run, daemon=True).start()
-    return await done

@@ -115,6 +115,10 @@ class Pulse:
         self._stirred = asyncio.Event()
         self._is_over = self._is_told = self._is_refused = False
 
+    def be_patient(self, cleanup_s: float, longest_s: float) -> None:
+        """Other limits from now on."""
+        self._cleanup_s, self._longest_s = cleanup_s, longest_s
+
     # ── what requests tell ──────────────────────────────────────────────────────────────────────
 
     def began(self, weight: int) -> None:

@@ -229,6 +229,12 @@ class Worker:
             raise self._conflict("release", "QUARANTINED")
         await self._post(News.RELEASED, "its device was released", before=wanted)
 
+    def apply(self, *, timeouts: Timeouts, restarts: RestartPolicy, drain_s: float) -> None:
+        """Other limits from now on; `load_s` and `kill_s` count from the engine's next start."""
+        self.plan = replace(self.plan, timeouts=timeouts, restarts=restarts, drain_s=drain_s)
+        if self.life and self.life.pulse:
+            self.life.pulse.be_patient(timeouts.cleanup_s, _longest_s(timeouts))
+
     def retire(self) -> None:
         """hive is stopping: nothing starts this worker again, whoever asks."""
         self._is_retired = True
@@ -350,7 +356,9 @@ class Worker:
         if new is State.READY:
             self._watch_pulse(tasks)
         self.on_move(self)
-        self._announcer.announce(WorkerMoved(self.id, self.model, old, new, reason))
+        is_bad = new in (State.FAILED, State.QUARANTINED, State.LOST)
+        code = self.error.code if is_bad and self.error else ""
+        self._announcer.announce(WorkerMoved(self.id, self.model, old, new, reason, code))
         self._moved.set()
         previous, self._activity = self._activity, None
         if previous:
@@ -382,7 +390,7 @@ class Worker:
             has_gauges=engine.has_gauges,
             vital=engine.computing,
             cleanup_s=timeouts.cleanup_s,
-            longest_s=max(timeouts.inference_s, timeouts.stall_s) + timeouts.cleanup_s,
+            longest_s=_longest_s(timeouts),
             hung=lambda why: self._hung(life, why),
             health_path=engine.health_path if engine.address else None,
         )
@@ -555,13 +563,27 @@ class Worker:
                 self._report(News.SURVIVED, life, self.error.message)
                 return
             self._announcer.announce(
-                WorkerEnded(self.id, self.model, gone.how, time.monotonic() - began, gone.killed)
+                WorkerEnded(
+                    self.id,
+                    self.model,
+                    gone.how,
+                    time.monotonic() - began,
+                    gone.killed,
+                    life.tree.pid,
+                    self._why_ended(life),
+                )
             )
         if life and life.entry:
             await self._account(life, life.entry)
         self.life = None
         # Decided where it is handled: what is asked until then still counts.
         self._inbox.put_nowait(Message(News.GONE, None, "", decide=self._what_follows))
+
+    def _why_ended(self, life: Life) -> str:
+        """In a word that quotes nobody: for the audit log."""
+        if error := life.error or self._fault or self.error:
+            return error.code
+        return "asked" if life.was_asked else "exited"
 
     async def _account(self, life: Life, entry: Entry) -> None:
         """No process of the tree is left: is everything that it took back?
@@ -639,6 +661,7 @@ class Worker:
 
     def _exited(self, life: Life, exit_: Exit) -> None:
         """The engine's first process ended (called by the tree)."""
+        pid = life.tree.pid if life.tree else 0
         # What hive killed may end only when nobody waits for it any more (LOST).
         asked = life.was_asked or (self.state is State.STOPPING and life is self.life)
         self.last_exit, self.last_exit_code = str(exit_), exit_.status
@@ -654,7 +677,7 @@ class Worker:
             if asked:
                 cause = "hung" if isinstance(life.error, WorkerHung) else "asked"
             self._announcer.announce(
-                WorkerExited(self.id, self.model, cause, str(exit_), asked=asked)
+                WorkerExited(self.id, self.model, cause, str(exit_), asked=asked, pid=pid)
             )
 
         def resolve() -> None:
@@ -726,6 +749,11 @@ class Worker:
 
     def __repr__(self) -> str:
         return f"<Worker {self.id} {self.state}>"
+
+
+def _longest_s(timeouts: Timeouts) -> float:
+    """So long an engine may have work and make no progress."""
+    return max(timeouts.inference_s, timeouts.stall_s) + timeouts.cleanup_s
 
 
 def _taken(

@@ -11,6 +11,7 @@ import pytest
 
 from hive.client import control
 from hive.client.control import CACHE, LIVE, ControlPlane, Result
+from hive.client.rendering import workflow
 from hive.client.repeating import tried_of
 from hive.errors import (
     DaemonUnreachable,
@@ -223,11 +224,12 @@ async def test_where_that_fails_too_the_first_error_is_told(
 async def test_what_no_repetition_helps_has_no_stand_in(
     plane: ControlPlane, error: HiveError
 ) -> None:
-    """R165, R166: the caller must know of it."""
+    """R165, R166, R215: the caller must know of it, and a workflow stops there."""
     await plane.run("window_status", Daemon({"name": "w"}), "k")
     other = Daemon({"name": "w"})
     raised = await fails(plane.run("window_status", Daemon(error), "k", {"window_list": other}))
     assert (raised, other.calls) == (error, 0)
+    assert workflow(raised, "window_status")["recovery_strategy"] == "abort"
 
 
 @awaited

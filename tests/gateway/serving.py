@@ -17,9 +17,13 @@ from hive.devices.nvml import Driver
 from hive.devices.watch import Devices
 from hive.events import Announcer, DaemonMoved, Event
 from hive.gateway.app import Gateway
+from hive.gateway.audit import AuditApi
 from hive.gateway.listener import listening
+from hive.gateway.reload import Reload, ReloadApi
 from hive.policy.lifecycle import State
 from hive.settings import Settings
+from hive.telemetry.alerts import DEAF_TO, Alerts
+from hive.telemetry.engines import Scrape, answering
 from hive.telemetry.metrics import Metrics
 from hive.windows.keeping import Keeping, keeping
 from hive.workers.fleet import Fleet
@@ -34,6 +38,10 @@ from tests.workers.standing import HandPulse, close, move
 E = TypeVar("E", bound=Event)
 Engine = Callable[[web.Request], Awaitable[web.StreamResponse]]
 CHAT = {"model": "m", "messages": []}
+
+
+async def nothing_new(_by: str) -> list[str]:
+    return []
 
 
 class Serving:
@@ -57,10 +65,13 @@ class Serving:
         self.door = self.fleet.door("m")
         self.metrics = Metrics([("m-0", "m")], rooms=self.fleet.doors)
         self.announcer.listen(self.metrics.hear)
+        self.alerts = Alerts(self.settings, self.announcer)
+        self.announcer.listen(self.alerts.hear, deaf_to=DEAF_TO)
         self._devices, self._ledger = devices, ledger
         self.place = Place(home, home / "log")
         self.gateway: Gateway
         self.kept: Keeping | None = None  # where the model has windows
+        self.reload: Reload = nothing_new  # what POST /hive/v1/reload does
         self.session: aiohttp.ClientSession
 
     def open(self, kept: Keeping | None) -> None:
@@ -71,10 +82,15 @@ class Serving:
             self._devices,
             self._ledger,
             self.announcer,
-            self.metrics.text,
+            Scrape(self.metrics, lambda: answering(self.fleet.everyone())).text,
             lambda: None,
+            self.alerts,
             kept,
+            (AuditApi(self.home / "state" / "audit"), ReloadApi(self._reload)),
         )
+
+    async def _reload(self, by: str) -> list[str]:
+        return await self.reload(by)
 
     @property
     def worker(self) -> Worker:

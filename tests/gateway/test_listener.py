@@ -17,7 +17,7 @@ import uvloop
 from aiohttp import web
 
 from hive.errors import AddressInUse, ConfigInvalid, HiveError
-from hive.events import Announcer, DaemonMoved, Event
+from hive.events import Announcer, ConnectionRefused, DaemonMoved, Event
 from hive.gateway.listener import RESERVED, bind, listening, raise_descriptor_limit
 from hive.settings import Settings
 from tests.patience import awaited, until
@@ -95,6 +95,58 @@ async def listens(made: Settings | None = None, **options: Any) -> AsyncIterator
     it = Listening()
     async with listening(it.app, made or settings(), it.announcer, **options):
         yield it
+
+
+# ── What is no HTTP ─────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize(
+    ("sent", "said"),
+    [
+        (b"my-secret\r\n\r\n", "no HTTP request"),
+        (b"GET / HTTP/1.1\r\nHost: h\r\nX-A: my-secret\0\r\n\r\n", "no HTTP request"),
+        (b"GET /my-secret HTTP/7.7\r\n\r\n", "no HTTP request"),
+        (b"GET http://[my-secret/ HTTP/1.1\r\nHost: h\r\n\r\n", "no HTTP request"),
+        (b"GET /" + b"my-secret" * 1000 + b" HTTP/1.1\r\nHost: h\r\n\r\n", "too long"),
+    ],
+)
+@awaited
+async def test_what_is_no_http_is_refused_as_everything_is(sent: bytes, said: str) -> None:
+    """R027, R032, R076: coded, with an id, without a word of what was sent or of what hive is made of."""
+    async with listens() as it:
+        reader, writer = await it.connects()
+        writer.write(sent)
+        answer = await reader.read()
+        writer.close()
+
+    head, _, body = answer.partition(b"\r\n\r\n")
+    error = json.loads(body)["error"]
+    assert (error["code"], error["details"]["http_status"]) == ("HTTP_ERROR", 400)
+    assert said in error["message"]
+    assert f"X-Request-Id: {error['details']['request_id']}".encode() in head
+    assert b"Server: hive" in head
+    assert b"my-secret" not in answer
+
+
+@awaited
+async def test_what_goes_wrong_outside_of_every_handler_is_told_bare() -> None:
+    """(R027)"""
+
+    def broken(_routed: object) -> Any:
+        async def enter(_request: web.BaseRequest) -> web.StreamResponse:
+            raise RuntimeError("my-secret")
+
+        return enter
+
+    async with listens(entrance=broken) as it:
+        reader, writer = await it.connects()
+        writer.write(REQUEST)
+        answer = await reader.read()
+        writer.close()
+
+    assert answer.startswith(b"HTTP/1.1 500 ")
+    assert json.loads(answer.partition(b"\r\n\r\n")[2])["error"]["code"] == "INTERNAL_ERROR"
+    assert b"my-secret" not in answer
 
 
 # ── Who does not read ───────────────────────────────────────────────────────────────────────────
@@ -251,6 +303,8 @@ async def limit_is_kept() -> None:
                 assert headers["retry-after-ms"] == "1000"
                 assert headers["connection"] == "close"
                 assert (headers["content-length"], body) == ("0", b"")
+        refused = [event for event in it.events if isinstance(event, ConnectionRefused)]
+        assert refused == [ConnectionRefused(2)] * 30
         for _, writer in held:
             writer.write(REQUEST)  # those that were let in go on
         for reader, _ in held:

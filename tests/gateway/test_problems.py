@@ -79,6 +79,13 @@ def test_a_401_says_how_to_authenticate() -> None:
     assert "WWW-Authenticate" not in problems.headers(errors.Forbidden())
 
 
+def test_a_405_says_what_there_is() -> None:
+    error = errors.HttpError("No.", status=405, allowed=["GET", "HEAD"])
+
+    assert problems.headers(error)["Allow"] == "GET, HEAD"
+    assert "Allow" not in problems.headers(errors.NotFound(allowed=["a"]))
+
+
 def test_the_advice_of_a_401_arrives_whole() -> None:
     details = problems.body(errors.Unauthorized())["error"]["details"]
 

@@ -17,6 +17,7 @@ from hive.events import (
     RequestRetried,
     RetriesEnded,
     WorkerExited,
+    WorkerMoved,
     WorkerReady,
 )
 from hive.gateway.stream import BACKLOG, KEPT, EventStream, event_name
@@ -201,6 +202,19 @@ async def test_an_events_text_is_redacted() -> None:
     assert message is not None
     assert b"s3cr3t" not in message
     assert message.count(b"\n\n") == 1
+
+
+@awaited
+async def test_an_engines_last_words_lose_their_paths_as_in_an_answer() -> None:
+    """(R076)"""
+    stream = EventStream()
+    with stream.reader(None) as queue:
+        reason = "last output: no /opt/models/x at http://10.0.0.7:8000/x"
+        stream.hear(WorkerMoved("a-0", "a", "LOADING", "FAILED", reason))
+        (message,) = waiting(queue)
+
+    assert message is not None
+    assert b"last output: no [path] at [url]" in message
 
 
 def test_names_are_in_snake_case() -> None:

@@ -68,7 +68,7 @@ def part(answer: Any) -> Callable[[float], Awaitable[Any]]:
 async def test_a_part_that_fails_is_told_and_the_rest_is_given(
     caller: Caller, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """R067, R172, R262, C20"""
+    """R067, R172, R213, R219, R262, C20: it is skipped, and the answer says that it is less."""
     monkeypatch.setattr(of_caller, "PART_S", 0.05)
 
     async def hangs(_limit_s: float) -> Any:
@@ -78,8 +78,12 @@ async def test_a_part_that_fails_is_told_and_the_rest_is_given(
     found = await caller.parts(
         "cache_stats", {"one": part(1), "two": part(error), "three": hangs, "four": part(4)}
     )
-    assert found.data == {"one": 1, "four": 4}
-    assert found.warnings == ("two is missing: KV_SERVER_UNREACHABLE", "three is missing: timeout")
+    failed = {"source": "failed"}
+    assert found.data == {"one": 1, "two": failed, "three": failed, "four": 4}
+    assert found.warnings == (
+        "two failed (KV_SERVER_UNREACHABLE): skipping it",
+        "three failed (timeout): skipping it",
+    )
     assert found.is_degraded
 
 

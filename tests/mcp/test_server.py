@@ -2,6 +2,8 @@
 
 import json
 import logging
+import socket
+from contextlib import closing
 from types import SimpleNamespace
 from typing import Any
 
@@ -11,6 +13,7 @@ from mcp import MCPError, types
 from hive.errors import InvalidParameter
 from hive.mcp.server import Hive, _arguments, _found
 from hive.mcp.tools import TOOLS
+from hive.policy.retries import RETRIES, RetryPolicy
 from tests.patience import awaited
 
 
@@ -133,3 +136,27 @@ async def test_the_log_has_no_more_of_a_parameter_than_a_name(
             assert (await hive().call_tool(context(), params)).is_error
     assert max(map(len, caplog.messages)) < 1000
     assert "was said" not in caplog.text
+
+
+@awaited
+async def test_what_cannot_work_is_an_answer_and_who_cannot_be_reached_an_alarm(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """R197, R165: the one is told at once, the other after every try."""
+    monkeypatch.setitem(RETRIES, "connect", RetryPolicy(3, (0.001,)))
+    with closing(socket.create_server(("127.0.0.1", 0))) as taken:
+        port = taken.getsockname()[1]
+    nobody = Hive(f"http://127.0.0.1:{port}", None)
+    wanted = {"!": ("CWM-1002", "INFO", 1), "monday": ("DAEMON_UNREACHABLE", "CRITICAL", 3)}
+    for name, (code, level, calls) in wanted.items():
+        caplog.clear()
+        params = types.CallToolRequestParams(name="window_status", arguments={"window_name": name})
+        with caplog.at_level(logging.INFO, "hive.mcp"):
+            result = await nobody.call_tool(context(), params)
+        assert result.is_error
+        assert result.structured_content is not None
+        told = result.structured_content
+        assert told["recovery_details"]["retry_attempt"] == calls - 1
+        assert told["user_action"]
+        (record,) = [one for one in caplog.records if one.name == "hive.mcp.server"]
+        assert (record.levelname, code in record.getMessage()) == (level, True)

@@ -6,17 +6,17 @@ from typing import Any
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from hive.client.control import ControlPlane
+from hive.client.control import ControlPlane, Result
 from hive.errors import HiveError, WindowNotFound
 from hive.mcp.caller import Caller
-from hive.mcp.tools import TOOLS, Arguments, Tool, _outcome, _samples
+from hive.mcp.tools import TOOLS, Arguments, Status, Tool, _outcome, _samples, window_verify
 from hive.policy.control import OPERATIONS
 from tests.patience import awaited
 
 WANTED = {
     *("window_freeze", "window_thaw", "window_list", "window_status", "window_clone"),
     *("window_delete", "session_list", "cache_stats", "health_check", "get_metrics_data"),
-    *("worker_list", "chat"),
+    *("worker_list", "chat", "window_verify"),
 }
 
 
@@ -95,6 +95,46 @@ def test_a_tool_says_what_it_does_and_what_each_argument_is(tool: Tool) -> None:
     assert schema["additionalProperties"] is False
     for name, about in schema.get("properties", {}).items():
         assert about.get("description"), (tool.name, name)
+
+
+class Watching(Caller):
+    """Whose calls are all answered the same."""
+
+    answer: Any = None
+
+    async def watch(self, tool: str, method: str, path: str, **more: Any) -> Result:
+        assert (tool, method, more) == ("window_verify", "POST", {"json": {}})
+        assert path == "/hive/v1/windows/w/verify"
+        return Result(self.answer, warnings=("late",))
+
+
+REPORT = {"name": "w", "whole": True, "blocks": 9, "missing": [], "corrupt": []}
+
+
+@pytest.mark.parametrize(
+    ("found", "wanted"),
+    [
+        ({}, {"status": "passed", **REPORT}),
+        (
+            {"whole": False, "missing": ["000001-0"], "corrupt": ["000004-0"]},
+            {
+                "status": "validation_failed",
+                "issues": ["block 000001-0 is missing", "block 000004-0 is damaged"],
+                "recommended_fixes": ["hive window repair w --attempt-recovery"],
+            },
+        ),
+    ],
+)
+@awaited
+async def test_a_check_that_finds_damage_is_an_answer_and_no_error(found: Any, wanted: Any) -> None:
+    """R196"""
+    caller = Watching(ControlPlane(), None, None, unheard)
+    object.__setattr__(caller, "answer", {**REPORT, **found})
+    result = await window_verify(caller, Status(window_name="w"))
+    assert (result.data, result.warnings) == (wanted, ("late",))
+    object.__setattr__(caller, "answer", {"something": "else"})
+    with pytest.raises(HiveError, match="not hive's"):
+        await window_verify(caller, Status(window_name="w"))
 
 
 def test_only_what_destroys_says_so() -> None:

@@ -13,15 +13,18 @@ from typing import Any
 
 import asyncpg
 import pytest
+from sqlalchemy import text
 
 from hive.errors import (
     ConfigInvalid,
     HiveError,
     InvalidParameter,
     StorageQuotaExceeded,
+    StoreCredentialsRefused,
     StoreUnreachable,
 )
 from hive.policy.windows import SessionState, WindowState
+from hive.storage import postgres as of_postgres
 from hive.storage.catalogue import Catalogue, opened
 from hive.storage.postgres import FILE, LIMIT_S, look, shown
 from hive.storage.tables import CONNECTIONS
@@ -53,6 +56,26 @@ def fragile() -> Iterator[Server]:
     with server() as it:
         it.make_database("hive")
         yield it
+
+
+@pytest.fixture
+def hasty(monkeypatch: pytest.MonkeyPatch) -> float:
+    """hive and its sessions of PostgreSQL have less patience; how many seconds a call may take."""
+    monkeypatch.setattr(of_postgres, "LIMIT_S", 1.5)
+    monkeypatch.setattr(of_postgres, "CLOSE_S", 1.0)
+    monkeypatch.setitem(of_postgres._SESSION, "lock_timeout", "250")
+    return 1.5
+
+
+@awaited
+async def test_the_server_has_as_much_patience_as_hive(url: str, home: Path) -> None:
+    """R161: else one of them would give up while the other goes on."""
+    async with opened(home, url) as it, it._engine.connect() as connection:
+        wanted = {"lock_timeout": TURN_S, "statement_timeout": LIMIT_S}
+        for name, seconds in wanted.items():
+            sql = f"SELECT setting FROM pg_settings WHERE name = '{name}'"
+            found = await connection.scalar(text(sql))
+            assert float(found) / 1000 == seconds
 
 
 @asynccontextmanager
@@ -201,9 +224,10 @@ async def test_names_are_ordered_by_their_bytes_whatever_the_database_prefers(
 
 @awaited
 async def test_who_waits_for_a_lock_goes_on_when_it_is_gone(
-    url: str, home: Path, caplog: pytest.LogCaptureFixture
+    url: str, home: Path, caplog: pytest.LogCaptureFixture, hasty: float
 ) -> None:
     """R161: and its quota is counted after what the other one did."""
+    assert hasty < LIMIT_S
     async with opened(home, url) as it, other(url) as connection:
         transaction = connection.transaction()
         await transaction.start()
@@ -233,8 +257,11 @@ async def _refused(it: Catalogue) -> bool:
 
 
 @awaited
-async def test_a_lock_that_stays_is_told_with_the_next_delay(url: str, home: Path) -> None:
+async def test_a_lock_that_stays_is_told_with_the_next_delay(
+    url: str, home: Path, hasty: float
+) -> None:
     """R161, C1: four calls, in the time that one waits for its database."""
+    assert hasty < LIMIT_S
     async with opened(home, url) as it, other(url) as connection:
         async with connection.transaction():
             await connection.execute("SELECT 1 FROM keeper FOR UPDATE")
@@ -243,7 +270,7 @@ async def test_a_lock_that_stays_is_told_with_the_next_delay(url: str, home: Pat
                 await it.add_session(session())
             took = time.monotonic() - began
             assert await it.sessions(None) == []  # nobody reads less for it
-        assert POLICY.calls * TURN_S <= took < POLICY.calls * TURN_S + SLACK_S
+        assert POLICY.calls * 0.25 <= took < POLICY.calls * 0.25 + SLACK_S
         assert told_.value.retry_after_s == pytest.approx(0.1)
         await it.add_session(session())
 
@@ -279,7 +306,7 @@ async def test_of_two_that_lock_each_other_out_both_are_done(
 
 @awaited
 async def test_a_hung_server_is_not_waited_for_longer_than_that(
-    fragile: Server, home: Path
+    fragile: Server, home: Path, hasty: float
 ) -> None:
     """And it is served again as soon as it answers, by itself."""
     async with opened(home, fragile.url("hive")) as it:
@@ -291,7 +318,7 @@ async def test_a_hung_server_is_not_waited_for_longer_than_that(
             changes = [it.add_session(session(n)) for n in (1, 2, 3)]
             answers = await asyncio.gather(*calls, *changes, return_exceptions=True)
             assert {type(answer) for answer in answers} == {StoreUnreachable}
-            assert LIMIT_S - 1 < time.monotonic() - began < LIMIT_S + SLACK_S
+            assert hasty - 0.5 < time.monotonic() - began < hasty + SLACK_S
         assert (await it.session("s0", None)) == session()
         await it.add_session(session(4))
         began = time.monotonic()
@@ -301,14 +328,15 @@ async def test_a_hung_server_is_not_waited_for_longer_than_that(
         await it.remove_session("s0", SessionState.ACTIVE)
         fragile.hang()
     fragile.go_on()
-    assert time.monotonic() - began < LIMIT_S + SLACK_S  # the end does not wait for it either
+    assert time.monotonic() - began < hasty + SLACK_S  # the end does not wait for it either
 
 
 @awaited
 async def test_what_was_committed_too_late_is_seen_before_anything_is_undone(
-    fragile: Server, home: Path
+    fragile: Server, home: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """R106, R107: hive gave up on a change that the server still has under way."""
+    monkeypatch.setattr(of_postgres, "LIMIT_S", 2.5)
     url = fragile.url("hive")
     with contextlib.suppress(HiveError):
         fragile.sql("DROP TABLE IF EXISTS keeper", "hive")
@@ -342,7 +370,7 @@ async def test_a_server_that_was_restarted_is_found_again(fragile: Server, home:
             with pytest.raises(StoreUnreachable):
                 await call
         fragile.start()
-        assert await it.window("kept", "ci") == kept
+        assert await it.named("kept", "ci") == [kept]
         again: list[Any] = [it.has_window("kept", "ci"), it.spoke("s", {}, 1.0)]
         for one in again:
             fragile.end()
@@ -391,6 +419,7 @@ async def test_why_it_cannot_be_reached_is_told_without_the_password(
         with pytest.raises(StoreUnreachable) as refused:
             await asked
         assert said in refused.value.message
+        assert (type(refused.value) is StoreCredentialsRefused) == (what == "nobody")
         exc: BaseException | None = refused.value
         while exc is not None:
             assert SECRET not in f"{exc} {exc!r}"

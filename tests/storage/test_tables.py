@@ -68,5 +68,5 @@ async def test_what_an_older_hive_has_written_is_kept(url: str) -> None:
             assert await it.conversation("new", "ada") == json.loads(said)
             kept = {one.id: one.has_conversation for one in await it.sessions("ada")}
             assert kept == {"old": False, "new": True}
-            window = await it.window("w", "ada")
+            (window,) = await it.named("w", "ada")
             assert (window.tags, window.bytes, window.created_at) == (("a",), 4096, 3.0)

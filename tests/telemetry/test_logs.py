@@ -303,6 +303,17 @@ def test_secrets_are_in_no_line(lines: Lines) -> None:
     assert "ValueError" in written[2]["exception"]
 
 
+@pytest.mark.parametrize("lines", ["debug"], indirect=True)
+def test_a_database_tells_no_statement_at_any_level(lines: Lines) -> None:
+    """With their parameters go what was said, and salts (R076)."""
+    for name in ("aiosqlite", "sqlalchemy.engine.Engine", "asyncpg"):
+        logging.getLogger(name).info("executing %s", "INSERT … 'my salt'")
+        logging.getLogger(name).debug("executing %s", "INSERT … 'my salt'")
+    logging.getLogger("x").debug("the end")
+
+    assert [line["event"] for line in lines()] == ["the end"]
+
+
 @pytest.mark.parametrize("lines", ["error"], indirect=True)
 def test_what_is_below_the_configured_level_is_not_written(lines: Lines) -> None:
     logs.write(WorkerReady("m-0", "m", 2.5))

@@ -1,9 +1,13 @@
 """The metrics: counted from what hive announces, with names from the configuration alone."""
 
 import asyncio
+import itertools
+import re
 from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
+import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 from msgspec.structs import replace
@@ -11,6 +15,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from hive.events import (
     BreakerMoved,
+    ConnectionRefused,
     DaemonMoved,
     HintJudged,
     RequestAborted,
@@ -34,9 +39,19 @@ from hive.events import (
 from hive.policy.deadlines import Phase
 from hive.policy.lifecycle import State
 from hive.policy.windows import WindowState
-from hive.telemetry.metrics import LAG_S, OPERATIONS, Metrics
+from hive.telemetry.metrics import (
+    CAUSES,
+    CONFIRMED,
+    LAG_S,
+    OPERATIONS,
+    REASONS,
+    STATUSES,
+    Metrics,
+)
 from tests.patience import awaited, until
+from tests.prometheus import promtool
 
+TOP = Path(__file__).parents[2]
 WORKERS = (("m-0", "m"), ("m-1", "m"), ("n-0", "n"))
 ENDED = RequestEnded(
     request_id="r1",
@@ -66,11 +81,10 @@ class Counted:
 
 
 def scraped(metrics: Metrics) -> dict[Series, float]:
-    """What Prometheus reads."""
-    text, _ = metrics.text()
+    """What Prometheus reads; not from the text, since there are thousands of these."""
     return {
         (sample.name, tuple(sorted(sample.labels.items()))): sample.value
-        for family in text_string_to_metric_families(text.decode())
+        for family in metrics.registry.collect()
         for sample in family.samples
         if not sample.name.endswith("_created")
     }
@@ -93,6 +107,8 @@ def test_every_metric_and_every_workers_series_exist_from_the_start() -> None:
     made = {name for name in vars(metrics) if name != "registry"}
 
     assert text.count("# TYPE hive_") >= len(made)
+    read = {family.name for family in text_string_to_metric_families(text)}
+    assert read >= {family.name for family in metrics.registry.collect()}
     for worker, model in WORKERS:
         assert state_of(metrics, worker) == ["STOPPED"]
         present = scraped(metrics)
@@ -111,6 +127,34 @@ def test_every_metric_and_every_workers_series_exist_from_the_start() -> None:
             "hive_first_byte_seconds_sum",
         ):
             assert (name, (("model", model),)) in present
+
+
+def test_what_is_alerted_on_is_counted_from_zero() -> None:
+    """So that the first one is an increase, of a model that clients can ask for."""
+    present = scraped(Metrics(WORKERS, rooms={"m": Counted()}))
+    counted = [
+        *(("hive_requests_total", "status", status) for status in STATUSES),
+        *(("hive_refusals_total", "reason", reason) for reason in REASONS),
+        *(("hive_timeouts_total", "phase", phase) for phase in Phase),
+        *(("hive_cancellations_total", "confirmed", told) for told in CONFIRMED),
+    ]
+    for name, label, found in counted:
+        assert present[name, tuple(sorted({"model": "m", label: str(found)}.items()))] == 0
+    for worker, _ in WORKERS:
+        for cause in CAUSES:
+            exits = present["hive_worker_exits_total", (("cause", cause), ("worker", worker))]
+            assert exits == 0
+    assert present["hive_requests_total", (("model", ""), ("status", "401"))] == 0
+
+
+def test_every_reason_and_cause_that_the_code_has_is_counted_from_zero() -> None:
+    """What is announced and is not in the list would begin with its first event."""
+    source = (TOP / "hive/workers/process.py").read_text()
+    door = (TOP / "hive/workers/admission.py").read_text()
+    causes = set(re.findall(r'^ +return "(\w+_lost|out_of_memory)"', source, re.MULTILINE))
+
+    assert set(re.findall(r'reason="(\w+)"', door)) <= set(REASONS)
+    assert {"guard_lost", "member_lost", "out_of_memory"} == causes <= set(CAUSES)
 
 
 def test_an_answered_request_is_counted_once() -> None:
@@ -247,6 +291,60 @@ def test_nothing_that_a_client_chooses_becomes_a_label(an_id: str, path: str, ke
     assert set(scraped(metrics)) == set(scraped(usual))
 
 
+@pytest.mark.parametrize(
+    ("code", "status", "outcome"),
+    [
+        (None, 200, "success"),
+        (None, 304, "success"),
+        (None, 400, "permanent"),  # the engine's own words
+        (None, 408, "timeout"),
+        (None, 504, "timeout"),
+        (None, 429, "transient"),
+        (None, 502, "transient"),
+        (None, 503, "transient"),
+        (None, 500, "permanent"),
+        ("INFERENCE_TIMEOUT", 504, "timeout"),
+        ("INFERENCE_TIMEOUT", 200, "timeout"),  # in a stream that had begun
+        ("WORKER_CRASHED", 502, "transient"),
+        ("SERVICE_UNAVAILABLE", 503, "transient"),
+        ("RATE_LIMITED", 429, "transient"),
+        ("DAEMON_UNREACHABLE", 500, "transient"),
+        ("MODEL_NOT_FOUND", 404, "permanent"),
+        ("UNAUTHORIZED", 401, "permanent"),
+        ("GPU_VRAM_EXHAUSTED", 500, "permanent"),
+        ("REQUEST_CANCELLED", 499, "cancelled"),
+        ("SOME_OTHER", 500, "permanent"),
+    ],
+)
+def test_a_call_is_counted_by_its_outcome(code: str | None, status: int, outcome: str) -> None:
+    """Failed connections and limits that passed are transient (R184, R252)."""
+    metrics = Metrics(WORKERS)
+    zero = {key for key in scraped(metrics) if key[0] == "hive_operations_total"}
+    metrics.hear(replace(ENDED, code=code, status=status))
+    found = {k[1]: v for k, v in scraped(metrics).items() if k[0] == "hive_operations_total" and v}
+
+    labels = (("operation", "inference"), ("outcome", outcome))
+    assert found == {labels: 1}
+    assert ("hive_operations_total", labels) in zero
+
+
+def test_a_request_for_a_stored_answer_that_is_refused_is_inference() -> None:
+    """`GET /v1/responses/{id}` is one that a model is known of."""
+    metrics = Metrics(WORKERS)
+    refused = replace(ENDED, method="GET", worker=None, status=503, code="SERVICE_UNAVAILABLE")
+    metrics.hear(replace(refused, path="/v1/responses/r"))
+
+    assert value(metrics, "hive_requests_total", model="m", status="503") == 1
+
+
+def test_connections_that_were_refused_are_counted_beside_the_requests() -> None:
+    metrics = Metrics(WORKERS)
+    assert value(metrics, "hive_connections_refused_total") == 0
+    metrics.hear(ConnectionRefused(100))
+
+    assert value(metrics, "hive_connections_refused_total") == 1
+
+
 # ── Workers ─────────────────────────────────────────────────────────────────────────────────────
 
 
@@ -278,6 +376,60 @@ def test_xids_that_are_told_together_are_counted_one_by_one() -> None:
         metrics.hear(XidSeen("cuda:0", 31, "application", "", after_own_kill=False, count=700))
 
     assert value(metrics, "hive_xid_total", device="cuda:0", xid="31") == 1400
+
+
+def test_ends_that_nobody_asked_for_are_crashes_of_the_model() -> None:
+    metrics = Metrics(WORKERS)
+    assert ("hive_worker_crashes_total", (("model", "n"),)) in scraped(metrics)
+    metrics.hear(WorkerExited("m-0", "m", "asked", "status 0", asked=True))
+    assert value(metrics, "hive_worker_crashes_total", model="m") == 0
+
+    metrics.hear(WorkerExited("m-0", "m", "signal", "signal SIGSEGV", asked=False))
+    metrics.hear(WorkerExited("m-1", "m", "hung", "signal SIGKILL", asked=True))
+    assert value(metrics, "hive_worker_crashes_total", model="m") == 2
+    assert value(metrics, "hive_worker_crashes_total", model="n") == 0
+
+
+FAILS = ("READY", "STOPPING")
+
+
+@pytest.mark.parametrize(
+    ("path", "seconds"),
+    [
+        ((*FAILS, "STARTING", "LOADING", "READY"), 3.0),
+        ((*FAILS, "FAILED", "STARTING", "LOADING", "STOPPING", "STARTING", "READY"), 6.0),
+        ((*FAILS, "QUARANTINED", "STARTING", "LOADING", "READY"), 4.0),
+        (("READY", "DRAINING", "STOPPING", "STARTING", "LOADING", "READY"), None),
+        ((*FAILS, "STOPPED", "STARTING", "LOADING", "READY"), None),
+        ((*FAILS, "LOST", "STOPPED", "STARTING", "LOADING", "READY"), None),
+        (("LOADING", "STOPPING", "STARTING", "LOADING", "READY"), None),
+        ((*FAILS, "STARTING", "LOADING"), None),
+    ],
+)
+def test_a_recovery_is_from_a_workers_failure_until_it_is_ready(
+    path: tuple[str, ...], seconds: float | None
+) -> None:
+    """MTTR (R254): by a clock that ticks once a move; what an operator stopped is none of it."""
+    now = 0.0
+    metrics = Metrics(WORKERS, now=lambda: now)
+    for old, new in itertools.pairwise(path):
+        metrics.hear(WorkerMoved("m-0", "m", old, new))
+        now += 1.0
+
+    counted = value(metrics, "hive_worker_recovery_seconds_count", model="m")
+    assert counted == (0 if seconds is None else 1)
+    assert value(metrics, "hive_worker_recovery_seconds_sum", model="m") == (seconds or 0.0)
+
+
+def test_each_of_two_workers_recovers_by_itself() -> None:
+    metrics = Metrics(WORKERS)
+    for worker in ("m-0", "m-1"):
+        metrics.hear(WorkerMoved(worker, "m", "READY", "STOPPING"))
+    metrics.hear(WorkerMoved("m-0", "m", "LOADING", "READY"))
+    assert value(metrics, "hive_worker_recovery_seconds_count", model="m") == 1
+
+    metrics.hear(WorkerMoved("m-0", "m", "LOADING", "READY"))
+    assert value(metrics, "hive_worker_recovery_seconds_count", model="m") == 1
 
 
 def test_other_facts_change_nothing() -> None:
@@ -327,6 +479,10 @@ def test_what_is_done_with_windows_is_timed_and_its_failures_are_counted() -> No
     assert value(metrics, "hive_window_operation_seconds_sum", operation="freeze") == 2.0
     assert value(metrics, "hive_window_operation_seconds_sum", operation="thaw") == 1.5
     failures = {k: v for k, v in scraped(metrics).items() if k[0] == "hive_window_failures_total"}
+    operation = "hive_operations_total"
+    assert value(metrics, operation, operation="freeze", outcome="success") == 1
+    assert value(metrics, operation, operation="freeze", outcome="transient") == 1
+    assert value(metrics, operation, operation="thaw", outcome="success") == 1
     labels = (("code", "STORAGE_WRITE_FAILED"), ("operation", "freeze"))
     assert failures == {("hive_window_failures_total", labels): 1}
 
@@ -348,6 +504,69 @@ def test_no_name_of_a_window_or_a_session_becomes_a_label(window: str, session: 
         metrics.hear(ThawProved(one, other, "m", 1, 1))
 
     assert scraped(told) == scraped(usual)
+
+
+# ── As the page says ────────────────────────────────────────────────────────────────────────────
+
+SERIES = {
+    'hive_operations_total{operation="inference",outcome="success"}': "0+6x60",
+    'hive_operations_total{operation="inference",outcome="timeout"}': "0+1x60",
+    'hive_operations_total{operation="inference",outcome="transient"}': "0+1x60",
+    'hive_operations_total{operation="inference",outcome="permanent"}': "0+1x60",
+    'hive_operations_total{operation="inference",outcome="cancelled"}': "0+3x60",
+    'hive_operations_total{operation="freeze",outcome="success"}': "0x60",
+    'hive_retries_total{operation="network",outcome="exhausted"}': "0+1x60",
+    'hive_request_seconds_sum{model="m"}': "0+8x60",
+    'hive_request_seconds_count{model="m"}': "0+4x60",
+    'hive_request_seconds_bucket{model="m",le="1"}': "0+2x60",
+    'hive_request_seconds_bucket{model="m",le="2"}': "0+4x60",
+    'hive_request_seconds_bucket{model="m",le="+Inf"}': "0+4x60",
+    'hive_worker_recovery_seconds_sum{model="m"}': "0+64x60",
+    'hive_worker_recovery_seconds_count{model="m"}': "0+2x60",
+    'hive_worker_crashes_total{model="m"}': "0+60x60",
+}
+# What each query of docs/metrics.md says of them after an hour.
+SAID: dict[str, dict[str, float]] = {
+    "calls, errors": {
+        '{operation="inference", outcome="success"}': 360,
+        '{operation="inference", outcome="timeout"}': 60,
+        '{operation="inference", outcome="transient"}': 60,
+        '{operation="inference", outcome="permanent"}': 60,
+        '{operation="inference", outcome="cancelled"}': 180,
+        '{operation="freeze", outcome="success"}': 0,
+    },
+    "error rate": {'{operation="inference"}': 0.25, '{operation="freeze"}': 0},
+    "retries": {'hive_retries_total{operation="network", outcome="exhausted"}': 60},
+    "success rate": {'{operation="inference"}': 0.5},
+    "average latency": {'{model="m"}': 2},
+    "p50": {'{model="m"}': 1.9},
+    "MTTR": {'{model="m"}': 32},
+    "crash rate": {'{model="m"}': 1},
+}
+
+
+def test_the_queries_that_are_told_say_what_they_are_told_for(tmp_path: Path) -> None:
+    """By promtool, of series that were made for it (R185, R252, R254)."""
+    page = (Path(__file__).parents[2] / "docs" / "metrics.md").read_text()
+    rows = [line[2:].split(" | `", 1) for line in page.splitlines() if line.startswith("| ")]
+    queries = {
+        what: row[1].split("`")[0] for row in rows for what in SAID if row[0].startswith(what)
+    }
+    assert queries.keys() == SAID.keys()
+    checks = [
+        {
+            "expr": queries[what].replace("\\|", "|"),
+            "eval_time": "1h",
+            "exp_samples": [{"labels": labels, "value": value} for labels, value in found.items()],
+        }
+        for what, found in SAID.items()
+    ]
+    inputs = [{"series": series, "values": values} for series, values in SERIES.items()]
+    file = tmp_path / "queries.yml"
+    test = {"interval": "1m", "input_series": inputs, "promql_expr_test": checks}
+    file.write_text(yaml.safe_dump({"tests": [test]}))
+
+    promtool("test", "rules", file)
 
 
 # ── The event loop ──────────────────────────────────────────────────────────────────────────────

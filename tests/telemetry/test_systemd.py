@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from hive.errors import ConfigInvalid, CudaDriverMissing
-from hive.events import DaemonMoved, WorkerMoved
+from hive.events import DaemonMoved, ReloadBegan, ReloadEnded, WorkerMoved
 from hive.gateway import listener
 from hive.settings import ApiKey, Settings
 from hive.telemetry.systemd import (
@@ -24,6 +24,7 @@ from hive.telemetry.systemd import (
     Progress,
     Watchdog,
     inherited_socket,
+    must_be_guarded,
     start_s,
     stop_s,
     supervised,
@@ -368,6 +369,56 @@ async def test_the_error_that_ends_hive_is_the_last_status(systemd: NotifySocket
     assert first["STATUS"].startswith("preflight")
     assert int(first["EXTEND_TIMEOUT_USEC"]) == start_s(settings()) * 1e6
     assert last["STATUS"] == f"CUDA_DRIVER_MISSING: {CudaDriverMissing.summary}"
+
+
+def test_a_reload_is_told_as_systemd_wants_it(systemd: NotifySocket, notifier: Notifier) -> None:
+    """RELOADING=1 with the time, then READY=1, and what came of it in the status."""
+    progress = Progress(notifier, settings("m"))
+    progress.hear(DaemonMoved("listening"))
+    before = time.monotonic_ns() // 1000
+    progress.hear(ReloadBegan("SIGHUP"))
+    progress.hear(ReloadEnded("SIGHUP", ("server.drain_s",)))
+    progress.hear(ReloadBegan("SIGHUP"))
+    progress.hear(ReloadEnded("SIGHUP", (), "RELOAD_REFUSED", ("server.port",)))
+    progress.hear(moved("m-0", "READY"))
+
+    _, began, done, again, refused, later = systemd.look()
+    assert began["RELOADING"] == again["RELOADING"] == "1"
+    assert before <= int(began["MONOTONIC_USEC"]) <= int(again["MONOTONIC_USEC"])
+    assert done == {"READY": "1", "STATUS": "serving 0 of 1 models"}
+    assert refused["READY"] == "1"
+    assert refused["STATUS"] == "reload refused: RELOAD_REFUSED; serving 0 of 1 models"
+    assert later == {"STATUS": "serving 1 of 1 models"}
+
+
+def test_a_reload_while_hive_stops_makes_it_not_ready_again(
+    systemd: NotifySocket, notifier: Notifier
+) -> None:
+    progress = Progress(notifier, settings("m"))
+    progress.hear(DaemonMoved("stopping"))
+    progress.hear(ReloadBegan("SIGHUP"))
+    progress.hear(ReloadEnded("SIGHUP", (), "CONFLICT"))
+
+    assert systemd.told("READY") == systemd.told("RELOADING") == []
+
+
+def test_a_longer_drain_after_a_reload_is_told_when_hive_stops(
+    systemd: NotifySocket, notifier: Notifier
+) -> None:
+    progress = Progress(notifier, settings("m"))
+    progress.apply(settings("m", drain_s=600))
+    progress.hear(DaemonMoved("stopping"))
+
+    (usec,) = systemd.told("EXTEND_TIMEOUT_USEC")
+    assert int(usec) == 1e6 * stop_s(settings("m", drain_s=600))
+
+
+def test_a_reload_may_not_take_the_keys_from_an_open_socket() -> None:
+    """The address is the unit's, so the configuration alone cannot tell."""
+    with contextlib.closing(socket.create_server(("0.0.0.0", 0))) as sock:
+        must_be_guarded(sock, settings("m", keys=1))
+        with pytest.raises(ConfigInvalid, match="not loopback"):
+            must_be_guarded(sock, settings("m"))
 
 
 # ── an inherited socket ─────────────────────────────────────────────────────────────────────────

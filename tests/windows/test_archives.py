@@ -3,6 +3,7 @@
 import io
 import os
 import re
+import shutil
 import subprocess
 import sys
 import tarfile
@@ -719,3 +720,37 @@ def test_a_copy_under_any_other_name_is_the_same_backup(shelf: Shelf) -> None:
     ((one,), _) = archives.listed(shelf.directory)
     assert one.header == found.header
     assert archives.manifest_of(one).conversation == SAID
+
+
+def test_a_file_that_is_the_same_one_is_not_read_again(shelf: Shelf) -> None:
+    """A list of many backups costs a look at each name, and no more."""
+    one = shelf.write()
+    known: archives.Known = {}
+    assert archives.listed(shelf.directory, known) == ([one], [])
+    which, _ = known[one.path.name]
+    remembered = replace(one, is_whole=False)
+    known[one.path.name] = which, remembered
+    assert archives.listed(shelf.directory, known)[0] == [remembered]
+    os.utime(one.path, ns=(1, one.path.stat().st_mtime_ns))  # whatever is done to it
+    assert archives.listed(shelf.directory, known)[0] == [one]
+    copied = one.path.with_name("copied")
+    shutil.copy2(one.path, copied)
+    copied.rename(one.path)
+    known[one.path.name] = which, remembered
+    assert archives.listed(shelf.directory, known)[0] == [one]
+    one.path.write_bytes(b"no backup any more")
+    found, unreadable = archives.listed(shelf.directory, known)
+    assert (found, [wrong.file for wrong in unreadable]) == ([], [one.path.name])
+    assert known == {}
+
+
+def test_a_deletion_that_is_tried_again_is_made_anew(shelf: Shelf) -> None:
+    """The sync of the one before may have failed, and a second sync proves nothing."""
+    one = shelf.write()
+    archives.remove(one.path)
+    before = shelf.directory.stat().st_mtime_ns
+    archives.remove(one.path)
+    assert shelf.directory.stat().st_mtime_ns == before
+    archives.remove(one.path, is_again=True)
+    assert shelf.directory.stat().st_mtime_ns > before
+    assert shelf.there() == []

@@ -7,6 +7,7 @@ import os
 import shutil
 import sys
 import threading
+import time
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
 from contextlib import asynccontextmanager
 from dataclasses import replace
@@ -50,7 +51,7 @@ from hive.workers.preflight import prepare_directories
 from steps.driver import Answer, Hive, new_hive
 from steps.waiting import must
 from tests.doubles.fs import HANGS_S, Faults, Rule
-from tests.patience import awaited, short_directory
+from tests.patience import awaited, short_directory, until
 from tests.windows.daemon import WINDOWS, new_name, said, state_of
 from tests.windows.making import Home, window
 from tests.windows.test_archives import Shelf, _resized, damaged, forged
@@ -487,9 +488,39 @@ async def test_what_an_earlier_life_left_is_tidied_and_told(
     """R107"""
     async with three() as hive:
         (hive.directory / "w,ada,1.tar.zst.part").write_bytes(b"half of one")
-        await hive.backups.tidy()
-        assert os.listdir(hive.directory) == []
+        async with hive.backups.running():
+            await until(lambda: not os.listdir(hive.directory), "what was left is removed")
         assert "w,ada,1.tar.zst.part was not finished: removed" in caplog.text
+
+
+@awaited
+async def test_whoever_serves_does_not_wait_for_the_disk_of_backups(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It hangs: that is told, and nothing else is kept by it, the end neither."""
+    monkeypatch.setattr("hive.windows.backups.LOOK_S", 0.3)
+    monkeypatch.setattr("hive.windows.work.HANGS_S", 0.1)
+    go_on = threading.Event()
+
+    def hangs(directory: Path) -> list[str]:
+        assert go_on.wait(60)
+        return []
+
+    monkeypatch.setattr(archives, "tidied", hangs)
+    try:
+        async with three() as hive:
+            await hive.frozen()
+            began = time.monotonic()
+            async with hive.backups.running():
+                assert time.monotonic() - began < 0.2  # the start is not kept
+                assert (await hive.windows.verify("ada", "w1")).is_whole
+                await until(lambda: "cannot be looked at" in caplog.text, "it is told")
+            assert "the disk under windows.backup_dir hangs" in caplog.text
+            async with hive.backups.running():
+                pass  # its end neither
+            assert time.monotonic() - began < 5
+    finally:
+        go_on.set()
 
 
 class Life:

@@ -1,11 +1,12 @@
 """A window's files, on a real disk: whole or not there, and every damage is found."""
 
+import errno
 import os
 import resource
 import stat
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -21,7 +22,9 @@ from hive.errors import (
     StorageWriteFailed,
 )
 from hive.windows.files import MANIFEST, Block, Health, full
-from tests.patience import short_directory
+from tests.doubles.fs import HANGS_S, Rule
+from tests.failing import Apart, Failed, apart
+from tests.patience import short_directory, wait_until
 from tests.windows.making import SAID, Home, unheard, window
 
 
@@ -471,3 +474,100 @@ def test_a_block_from_elsewhere_is_written_once_and_for_hives_user_alone(home: H
             home.files.put(part, name, iter([b"three"]))
     assert (part / "000000-0").read_bytes() == b"onetwo"
     assert not victim.exists()
+
+
+# ── a sync that failed, and a file that is another one by now ───────────────────────────────────
+
+
+@pytest.fixture(scope="module")
+def failing() -> Iterator[Apart]:
+    """One process whose disk fails, for all of these."""
+    with apart() as it:
+        it("""
+            global Home, window, unheard, structs, it
+            from msgspec import structs
+            from tests.windows.making import Home, unheard, window
+            it = Home(home)
+        """)
+        yield it
+
+
+@pytest.mark.parametrize("place", ["windows", "windows/*.part"])
+def test_what_a_failed_sync_may_have_lost_is_made_anew(failing: Apart, place: str) -> None:
+    """R089: the kernel tells of a lost write only once, so that a second sync proves nothing."""
+    number = len(place)
+    failing(f"global part, manifest; part, manifest, _ = it.begun(window({number}))")
+    finish = "return str(it.files.finish(part, manifest))"
+    name = {"windows": "*/windows/*.part", "windows/*.part": "*/windows/*.part/0*"}[place]
+    # What is only counted, and what fails once.
+    with failing.faults.on(
+        Rule(name, "rename"), Rule("*/manifest.json.new", "write"), Rule(f"*/{place}", "sync")
+    ) as (renames, writes, syncs):
+        failing.faults.add(Rule(f"*/{place}", "sync", errno.EIO, most=1))
+        with pytest.raises(Failed, match="StorageWriteFailed"):
+            failing(finish)
+        before = renames.seen, writes.seen, syncs.seen
+        folder = Path(failing(finish))
+        entries = 1 if place == "windows" else 6
+        # There and back again, each of them, before it is synced.
+        assert renames.seen >= before[0] + 2 * entries
+        assert writes.seen == 2 * before[1]
+        assert syncs.seen == before[2] + 1
+    assert max(path.name for path in folder.iterdir()) == MANIFEST
+    assert failing("return all(one.is_whole for one in it.files.health(manifest, unheard))")
+
+
+def test_a_removal_whose_sync_has_failed_is_made_anew(failing: Apart) -> None:
+    """R089: else the folder may be there again after a power cut, and its row is gone."""
+    number = 40
+    failing(f"it.frozen(window({number}))")
+    remove = f"it.files.remove(window({number}).id)"
+    directory = failing.home / "windows"
+    with failing.faults.on(Rule("*/windows", "sync", errno.EIO, most=1)):
+        with pytest.raises(Failed, match="StorageWriteFailed"):
+            failing(remove)
+        names, before = sorted(os.listdir(directory)), directory.stat().st_mtime_ns
+        failing(remove)
+    assert directory.stat().st_mtime_ns > before
+    assert sorted(os.listdir(directory)) == names
+    before = directory.stat().st_mtime_ns
+    failing(remove)
+    assert directory.stat().st_mtime_ns == before  # nothing was in doubt any more
+
+
+def test_a_repair_whose_sync_has_failed_makes_its_folder_anew(failing: Apart) -> None:
+    """R089, R118"""
+    failing("""
+        global manifest, names
+        manifest, names = it.frozen(window(50))
+        it.block(manifest, 1).unlink()
+    """)
+    again = "it.files.take_again(manifest, 1, names[1], as_it_was=True)"
+    folder = f"*/windows/{window(50).id}"
+    with failing.faults.on(Rule(f"{folder}/0*", "rename")) as (renames,):
+        failing.faults.add(Rule(folder, "sync", errno.EIO, most=1))
+        with pytest.raises(Failed, match="StorageWriteFailed"):
+            failing(again)
+        before = renames.seen
+        failing(again)
+        assert renames.seen >= before + 2 * 6
+    assert failing("return all(one.is_whole for one in it.files.health(manifest, unheard))")
+
+
+@pytest.mark.parametrize(("call", "number"), [("open", 60), ("sync", 61)])
+def test_what_is_taken_again_is_what_was_compared(failing: Apart, call: str, number: int) -> None:
+    """R118: LMCache, or who clears its tier, may have another file of that name a moment later."""
+    failing(f"""
+        global manifest, names
+        manifest, names = it.frozen(window({number}))
+        it.block(manifest, 1).unlink()
+    """)
+    (name,) = failing("return names[1][:1]")
+    with failing.faults.on(Rule("*", call, delay_s=HANGS_S, most=1)) as (hangs,):
+        failing.begin("return bool(it.files.take_again(manifest, 1, names[1], as_it_was=True))")
+        wait_until(lambda: hangs.fired, "it is about to be compared")
+        other = failing.home / "kv" / "other"
+        other.write_bytes(b"what nobody has compared")
+        other.rename(failing.home / "kv" / name)
+    assert failing.end() is True
+    assert failing("return all(one.is_whole for one in it.files.health(manifest, unheard))")

@@ -1,14 +1,23 @@
 """Freeze, thaw, verify, repair, clone and delete on the real daemon: whole, or as if never tried."""
 
+import asyncio
+import contextlib
 import itertools
 import json
 import threading
-from collections.abc import Iterator
+from collections.abc import Awaitable, Iterator
+from typing import Any
 
 import pytest
 
+from hive.errors import InvalidStateTransition, OperationTimeout, StoreUnreachable
+from hive.policy.windows import WindowState
+from hive.storage.catalogue import Catalogue, Window
+from hive.windows.files import Manifest
+from hive.windows.work import in_thread
 from steps.driver import Answer, Hive
 from steps.waiting import must
+from tests.patience import awaited, within
 from tests.windows.daemon import (
     Owner,
     daemon,
@@ -21,6 +30,7 @@ from tests.windows.daemon import (
     wait_quiet,
 )
 from tests.windows.making import CHUNK
+from tests.windows.test_backups import kept
 
 
 @pytest.fixture(scope="module")
@@ -460,3 +470,108 @@ def test_nothing_secret_was_ever_told(hive: Hive, ada: Owner) -> None:
     for line in hive.log:
         if line.get("event", "").startswith(("window", "session", "thaw")):
             assert str(hive.home) not in json.dumps(line)
+
+
+# ── what comes late ─────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize("how", ["thread", "backup"])
+@awaited
+async def test_a_window_is_nobody_elses_while_a_disk_keeps_who_works_on_it(
+    how: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """R107: a repair that hung, and comes back late, would write over what a newer one has done."""
+    monkeypatch.setattr("hive.windows.work.HANGS_S", 0.1)
+    async with kept("ada") as it:
+        one, other = await it.frozen(1), await it.frozen(2)
+        go_on = threading.Event()
+
+        async def stuck() -> None:
+            async with it.windows.alone(one):
+                await in_thread(go_on.wait, 60)
+
+        repairing = asyncio.ensure_future(stuck())
+        await asyncio.sleep(0)
+        repairing.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await repairing
+        doing = (
+            it.windows.verify("ada", one.name)
+            if how == "thread"
+            else it.backups.create("ada", one.name)
+        )
+        with pytest.raises(InvalidStateTransition, match="is under way"):
+            await doing
+        assert (await it.windows.verify("ada", other.name)).is_whole  # it is nobody's fault
+        go_on.set()
+        async with asyncio.timeout(30):
+            while True:
+                with contextlib.suppress(InvalidStateTransition):
+                    assert (await it.windows.verify("ada", one.name)).is_whole
+                    break
+                await asyncio.sleep(0.01)
+
+
+class Late(Catalogue):
+    """It is not heard of a commit in time; some of them happen all the same."""
+
+    happens = True
+
+    async def commit_window(self, window: Window, **more: Any) -> None:
+        if self.happens:
+            await super().commit_window(window, **more)
+        raise StoreUnreachable
+
+
+@pytest.mark.parametrize("happens", [True, False])
+@awaited
+async def test_a_commit_that_came_late_is_told_as_what_it_was(
+    happens: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    """R106, R107: done is done; what was not is undone."""
+    async with kept("ada") as it:
+        one = await it.frozen()
+        late = Late(it.catalogue._store)
+        late.happens = happens
+        it.windows._catalogue = late
+        if happens:
+            made = await it.windows.clone("ada", one.name, "later")
+            assert made.state is WindowState.FROZEN
+            assert "came late" in caplog.text
+            assert (await it.windows.verify("ada", "later")).is_whole
+        else:
+            with pytest.raises(StoreUnreachable):
+                await it.windows.clone("ada", one.name, "later")
+        names = [row.name for row in await it.catalogue.windows(None, sort="name", state=None)]
+        assert names == (["w1", "later"] if happens else ["w1"])
+        assert it.home.files.folders() == {row.id for row in await it.catalogue.windows(None)}
+
+
+@pytest.mark.parametrize("what", ["clone", "backup"])
+@awaited
+async def test_the_first_look_of_a_clone_or_a_backup_has_a_limit_too(
+    what: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """C15: a disk that hangs at the manifest keeps nobody for ever."""
+    monkeypatch.setattr("hive.windows.operations.LIMIT_S", 0.2)
+    monkeypatch.setattr("hive.windows.backups.LIMIT_S", 0.2)
+    monkeypatch.setattr("hive.windows.work.HANGS_S", 0.1)
+    async with kept("ada") as it:
+        one = await it.frozen()
+        go_on, read = threading.Event(), it.home.files.manifest
+
+        def hanging(window_id: str) -> Manifest:
+            assert go_on.wait(60)
+            return read(window_id)
+
+        monkeypatch.setattr(it.home.files, "manifest", hanging)
+        doing: Awaitable[object] = (
+            it.windows.clone("ada", one.name, "x")
+            if what == "clone"
+            else it.backups.create("ada", one.name)
+        )
+        try:
+            with pytest.raises(OperationTimeout):
+                await within(doing, 30)
+        finally:
+            go_on.set()

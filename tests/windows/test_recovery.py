@@ -229,3 +229,25 @@ async def test_where_nothing_was_ever_frozen_there_is_nothing_to_do() -> None:
     async with begun() as (catalogue, home):
         assert await recover(catalogue, home.files) == []
         assert not home.files.directory.exists()
+
+
+@awaited
+async def test_however_many_were_cut_off_all_of_them_go(monkeypatch: pytest.MonkeyPatch) -> None:
+    """R107, C28: more than a page, of which some cannot be removed, and stay in the way of none."""
+    monkeypatch.setattr("hive.storage.catalogue.MOST_PAGE", 3)
+    async with begun() as (catalogue, home):
+        await frozen(catalogue, home, window(99))
+        for number in range(14):
+            await catalogue.begin_window(window(number))
+            home.files.begin(window(number).id)
+        stubborn = [window(number).id for number in (1, 2, 3, 8)]
+        for one in stubborn:
+            folder = home.files.directory / one  # what is no directory does not take its name
+            folder.write_text("in the way")
+        told = await recover(catalogue, home.files)
+
+        rows = await catalogue.windows(None, state=WindowState.FREEZING, most=100)
+        gone = [line for line in told if line.endswith("was not frozen whole: removed")]
+        assert len(gone) == 10
+        assert {row.id for row in rows} == set(stubborn)
+        assert not any("lost its folder" in line for line in told)

@@ -4,8 +4,9 @@ import asyncio
 import json
 import logging
 import random
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Collection
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -27,7 +28,7 @@ from hive.policy.windows import NEXT, SessionState
 from hive.settings import Settings
 from hive.storage.catalogue import Catalogue, Session, opened
 from hive.windows.sessions import Sessions, Visit, _Use, view
-from tests.patience import awaited, short_directory, until
+from tests.patience import awaited, short_directory, until, within
 from tests.windows.making import window
 
 ASKED = b'{"model":"m","messages":[{"role":"user","content":"hi"}],"max_tokens":4}'
@@ -397,8 +398,8 @@ async def test_the_first_answer_that_tells_its_cached_tokens_proves_a_thaw() -> 
 
         proofs = [told for told in it.events if isinstance(told, ThawProved)]
         assert proofs == [ThawProved("w0", one.id, "m", 48, 48)]
-        receipt = (await it.catalogue.window("w0", "ada")).receipt
-        assert receipt == {"session_id": one.id, "usable_tokens": 48, "cached_tokens": 48}
+        (proved,) = await it.catalogue.named("w0", "ada")
+        assert proved.receipt == {"session_id": one.id, "usable_tokens": 48, "cached_tokens": 48}
         moves = [told for told in it.events if isinstance(told, SessionMoved)]
         assert [(move.old, move.new) for move in moves] == [("", "THAWED"), ("THAWED", "ACTIVE")]
 
@@ -559,3 +560,35 @@ async def test_expiry_goes_on_after_the_database_was_away(
         one = await it.session()
         await until(lambda: expiries(caplog), "its expiry")
         assert await it.state(one) is SessionState.EXPIRED
+
+
+class Held(Catalogue):
+    """Its database takes as long for an expiry as a test wants."""
+
+    def __init__(self, *args: Any) -> None:
+        super().__init__(*args)
+        self.began, self.may_go_on = asyncio.Event(), asyncio.Event()
+
+    async def expire(self, unused_since: float, but: Collection[str] = ()) -> int:
+        self.began.set()
+        await self.may_go_on.wait()
+        return await super().expire(unused_since, but)
+
+
+@awaited
+async def test_only_who_may_expire_waits_for_an_expiry() -> None:
+    """A database that is slow then holds up nobody who is at work."""
+    async with kept(idle_s=2.0) as it:
+        it.sessions._catalogue = held = Held(it.catalogue._store)
+        idle = replace(await it.session(), id="i" * 24, used_at=1.0)
+        await it.catalogue.add_session(idle)
+        await held.began.wait()
+        one = await it.session()
+        visit = await within(it.sessions.enter(one.id, "ada", "m", Kind.CHAT, ASKED), 10)
+        visit.leave()
+        entering = asyncio.ensure_future(it.sessions.enter(idle.id, "ada", "m", Kind.CHAT, ASKED))
+        done, _ = await asyncio.wait({entering}, timeout=0.2)
+        assert not done
+        held.may_go_on.set()
+        with pytest.raises(SessionNotActive):
+            await within(entering, 10)

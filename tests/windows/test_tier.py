@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from hive.errors import StorageReadFailed, StorageWriteFailed
 from hive.windows.tier import LOW, Tier
 from tests.patience import awaited, short_directory, until
 
@@ -165,3 +166,23 @@ def test_no_more_goes_than_must_and_nothing_that_may_not(files: list[Made], boun
             if went:
                 last = may_go[len(went) - 1]
                 assert total - freed + files[last].size > bound * LOW
+
+
+def test_what_cannot_be_looked_at_is_told_as_such_and_never_as_missing(tmp_path: Path) -> None:
+    """R102, R127: with the code of a disk, not of a fault of hive's own."""
+    tier = Tier(tmp_path, KIB)
+    block(tier, "a", 1)
+    assert tier.missing(["a", "b"]) == ["b"]
+    with pytest.raises(StorageReadFailed, match="File name too long") as told:
+        tier.missing(["a", "b" * 300])
+    assert told.value.number == "CWM-4002"
+    (tmp_path / "a").unlink()
+    (tmp_path / "a").mkdir()
+    with pytest.raises(StorageWriteFailed):
+        tier.expel(["a"])
+    away = Tier(tmp_path / "away", KIB)
+    with pytest.raises(StorageReadFailed, match="The KV tier cannot be read"):
+        away.largest("a")
+    with pytest.raises(StorageReadFailed, match="The KV tier cannot be read"):
+        away.free()
+    assert tier.free() > 0

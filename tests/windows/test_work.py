@@ -6,18 +6,19 @@ import threading
 import pytest
 
 from hive.errors import OperationTimeout, StorageCorrupted, StorageReadFailed, StorageWriteFailed
-from hive.policy.retries import RETRIES
+from hive.policy.retries import RETRIES, RetryPolicy
 from hive.windows.work import (
     HANGS_S,
     LIMIT_S,
     MOST_S,
+    STATE,
     THREADS,
+    Disk,
     Teller,
-    hangs,
     in_thread,
+    left_behind,
     limit_s,
     limited,
-    nothing_hangs,
     retried,
     unheard,
 )
@@ -54,6 +55,14 @@ async def test_another_timeout_inside_is_not_taken_for_its_own() -> None:
             raise TimeoutError("another")
 
 
+@pytest.fixture
+def soon(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As often as the table says, but sooner."""
+    policy = RetryPolicy(RETRIES["storage"].calls, (0.001,))
+    monkeypatch.setitem(RETRIES, "storage", policy)
+
+
+@pytest.mark.usefixtures("soon")
 @pytest.mark.parametrize("error", [StorageReadFailed, StorageWriteFailed, FileNotFoundError])
 @awaited
 async def test_what_may_work_the_next_time_is_tried_by_the_table(error: type[Exception]) -> None:
@@ -70,6 +79,7 @@ async def test_what_may_work_the_next_time_is_tried_by_the_table(error: type[Exc
     assert heard == [False, *[True] * (RETRIES["storage"].calls - 1)]
 
 
+@pytest.mark.usefixtures("soon")
 @awaited
 async def test_after_the_last_try_its_error_is_the_answer() -> None:
     tries: list[bool] = []
@@ -159,11 +169,33 @@ async def test_a_disk_that_hangs_is_left_after_a_while_and_told_when_it_comes_ba
     ended = await asyncio.gather(*doing, queued, return_exceptions=True)
     assert all(isinstance(one, asyncio.CancelledError) for one in ended)
     assert HANGS_S <= asyncio.get_running_loop().time() - began < HANGS_S + 20
-    assert hangs()
-    back = asyncio.ensure_future(nothing_hangs())
+    assert STATE.hangs
+    back = asyncio.ensure_future(STATE.nothing_hangs())
     await asyncio.sleep(0)
     assert not back.done()
     go_on.set()
     await back
-    assert not hangs()
+    assert not STATE.hangs
     assert await in_thread(lambda: "its turn") == "its turn"
+
+
+@awaited
+async def test_a_disk_that_hangs_keeps_nobody_from_another_one(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """And who left something there knows what, until it is back."""
+    monkeypatch.setattr("hive.windows.work.HANGS_S", 0.1)
+    go_on, far = threading.Event(), Disk("windows.backup_dir", threads=1)
+    with left_behind() as left:
+        doing = asyncio.ensure_future(far.run(go_on.wait, 60))
+        await asyncio.sleep(0)
+        doing.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await doing
+    with left_behind() as others:
+        assert await in_thread(lambda: "at once") == "at once"
+    assert (len(left), len(others), far.hangs, STATE.hangs) == (1, 0, True, False)
+    go_on.set()
+    await asyncio.wait(left)
+    await until(lambda: not far.hangs, "the thread")
+    assert await far.run(lambda: "its turn") == "its turn"

@@ -122,6 +122,20 @@ async def test_any_status_is_an_answer_and_a_broken_one_is_none(path: Path) -> N
 
 
 @awaited
+async def test_an_answer_is_read_as_it_was_sent_up_to_so_many_bytes(path: Path) -> None:
+    async with engine(path) as client:
+        assert await client.read("/x?status=404", 5, 4) == (404, b"said")
+        assert (await client.read("/x?status=302", 5, 4))[0] == 302
+        with pytest.raises(ProbeFailed, match="GET /x: more than 3 bytes"):
+            await client.read("/x", 5, 3)
+        with pytest.raises(ProbeFailed, match="GET /breaks: "):
+            await client.read("/breaks", 5, 4)
+        await client.close()
+        with pytest.raises(ProbeFailed, match="GET /x: "):
+            await client.read("/x", 5, 4)
+
+
+@awaited
 async def test_what_must_succeed_tells_the_status_that_it_got(path: Path) -> None:
     async with engine(path) as client:
         assert await client.must("POST", "/x?status=201", {}) == b"said"

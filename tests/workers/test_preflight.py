@@ -31,6 +31,7 @@ from hive.errors import (
     WorkerSpawnFailed,
 )
 from hive.settings import Settings
+from hive.workers import preflight
 from hive.workers.footprint import disk_needed
 from hive.workers.host import available_ram
 from hive.workers.lmcache import TEMPORARY
@@ -864,6 +865,26 @@ def test_the_directory_of_backups_is_made_for_hives_user_alone(state: Path, tmp_
     assert mode(state / "backups") == 0o700
     assert of_backups(beside(state, backup_dir=tmp_path / "b")).error is None
     assert mode(tmp_path / "b") == 0o700
+
+
+def test_a_disk_of_backups_that_does_not_answer_keeps_nobody(
+    state: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whoever only serves models needs no backups."""
+    go_on = threading.Event()
+
+    def hangs(_wanted: Settings) -> Finding:
+        assert go_on.wait(60)
+        return Finding("backups", "at last")
+
+    monkeypatch.setattr(preflight, "_backups", hangs)
+    monkeypatch.setattr(preflight, "BACKUPS_S", 0.05)
+    try:
+        told = of_backups(beside(state))
+    finally:
+        go_on.set()
+    assert told.error is None
+    assert told.found == f"{state}/backups does not answer within 0.05 s: no backups until it does"
 
 
 @pytest.mark.parametrize(

@@ -49,6 +49,8 @@ INFERENCE: dict[str, type[Shape]] = {
 
 
 RENDER = "/render"
+# What a body of other types than vLLM's models have comes to here; they refuse it with 400.
+WRONG_TYPES = (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError)
 
 
 class Host(Protocol):
@@ -137,6 +139,8 @@ class Api:
                 _reply(connection, {"detail": told}, status)
         except Refused as refused:
             _reply(connection, refused.body, refused.status)
+        except WRONG_TYPES as exc:
+            _reply(connection, error(400, f"1 validation error: {type(exc).__name__}"), 400)
 
     def faults(self, seen: Seen) -> Knobs:
         return self.knobs if seen.number > self.knobs.good_requests else NO_FAULTS
@@ -226,6 +230,12 @@ class Api:
     def _shape(self, request: Request) -> Shape:
         if self.is_dead:
             raise Refused(500, DEAD)
+        try:
+            return self._shape_of(request)
+        except WRONG_TYPES as exc:
+            raise Refused(400, f"1 validation error: {type(exc).__name__}") from exc
+
+    def _shape_of(self, request: Request) -> Shape:
         kind = INFERENCE[request.path.removesuffix(RENDER)]
         body = (_form if kind is Transcription else _json)(request)
         salt_of(body)
@@ -308,9 +318,17 @@ class Api:
             connection.on_gone = later.cancel
 
     def _metrics(self, request: Request, connection: Connection) -> None:  # noqa: ARG002
-        status = self.knobs.metrics_status
-        body = self.scheduler.metrics().encode() if status == 200 else b""
-        connection.answer(status, body, "text/plain; version=1.0.0; charset=utf-8")
+        status, wait_s = self.knobs.metrics_status, self.knobs.metrics_s
+
+        def answer() -> None:
+            body = self.scheduler.metrics().encode() if status == 200 else b""
+            connection.answer(status, body, "text/plain; version=1.0.0; charset=utf-8")
+
+        if wait_s == 0:
+            answer()
+        elif not math.isinf(wait_s):
+            later = self.scheduler.loop.call_later(wait_s, answer)
+            connection.on_gone = later.cancel
 
     def _models(self, request: Request, connection: Connection) -> None:  # noqa: ARG002
         name = self.knobs.model or "double"

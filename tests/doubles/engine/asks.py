@@ -9,6 +9,7 @@ from itertools import count
 from typing import Any
 
 MOST_SALT = 128
+MOST_CHOICES = 16384  # VLLM_MAX_N_SEQUENCES
 TAG = re.compile(r"tag=([\w.-]+)")
 DONE = b"data: [DONE]\n\n"
 ERROR_TYPES = {
@@ -95,6 +96,8 @@ def ask_of(body: Json, prompts: Iterable[object], history: object, *limits: str)
     choices = body.get("n") or 1
     if not isinstance(choices, int) or choices < 1:
         raise Refused(400, f"n must be at least 1, got {choices}.", "n")
+    if choices > MOST_CHOICES:
+        raise Refused(400, f"n must be at most {MOST_CHOICES}, got {choices}.", "n")
     options = body.get("stream_options") or {}
     return Ask(
         model=body.get("model") or "",

@@ -108,6 +108,7 @@ class Knobs(Settable):
     health_status: int = knob(200, "status of /health")
     health_s: float = knob(0.0, "/health answers after this long; inf: never")
     metrics_status: int = knob(200, "status of /metrics; with another one it is empty")
+    metrics_s: float = knob(0.0, "/metrics answers after this long; inf: never")
     good_requests: int = knob(
         0, "the first N inference requests are spared the faults below (a readiness probe is one)"
     )

@@ -1,0 +1,618 @@
+"""The audit log's files in STATE/audit: written by a thread, read by whoever looks.
+
+`audit.jsonl` is written to, `audit-<first index>.jsonl` are older ones, `head.json` names the last
+record, so that a tail that was cut off is missed. What cannot be written is held, up to
+MOST_HELD records, tried again every RETRY_S, and the gap becomes a record itself.
+"""
+
+import contextlib
+import errno
+import hashlib
+import json
+import os
+import re
+import stat
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass, field
+from datetime import UTC, datetime
+from itertools import islice
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from hive.policy.chain import START, ZEROS, Broken, Link, opened, sealed
+
+Facts = dict[str, Any]
+
+ACTIVE, HEAD = "audit.jsonl", "head.json"
+DAMAGED = "chain.damaged"
+EXPIRED = "chain.expired"  # the action of the record that says which files hive removed
+MIB = 2**20
+MOST_HELD = 10_000  # records that wait for a disk that takes none
+MOST_AT_ONCE = 256  # records of one write
+RETRY_S = 1.0  # between two tries to write
+CLOSE_S = 5.0  # that the end of hive waits for the last records
+LOOKS = 5  # at files that change while they are verified
+BLOCK = 65_536  # bytes that are read at once from a file's end
+_OLDER = re.compile(r"audit-(\d{12})\.jsonl\Z")
+
+
+@dataclass(frozen=True, slots=True)
+class Problem:
+    """The first thing that is wrong. `line` counts from 1; 0 and an index of -1: the file itself."""
+
+    file: str
+    line: int
+    index: int
+    what: str
+
+    def __str__(self) -> str:
+        if not self.line:
+            return f"{self.file}: {self.what}"
+        return f"{self.file}, line {self.line}, index {self.index}: {self.what}"
+
+
+@dataclass(frozen=True, slots=True)
+class News:
+    """What the writer has to tell: `state` is failing, writing (again) or damaged."""
+
+    state: str
+    reason: str
+    late: int = 0  # records that were held meanwhile …
+    lost: int = 0  # … and that were too many
+
+
+@dataclass(slots=True)
+class Verdict:
+    """What `verify` found. `unfinished` bytes at the end are a crash's, or being written."""
+
+    records: int = 0
+    files: int = 0
+    first: int | None = None
+    last: Link = START
+    problem: Problem | None = None
+    unfinished: int = 0
+
+
+@dataclass(slots=True)
+class _Walk:
+    """The way along the chain, file by file."""
+
+    head: Link
+    at: Link | None = None  # None: what comes first is taken as it is
+    wanted: str | None = None  # a hash that is looked for, and not found yet
+    verdict: Verdict = field(default_factory=Verdict)
+    lines: int = 0  # whole ones of the last file …
+    bytes: int = 0  # … and their bytes
+    begins_after: str = ZEROS
+    last_action: object = None
+    expired: dict[int, str] = field(default_factory=dict)  # hash by last index that was removed
+
+    @property
+    def reached(self) -> int:
+        return -1 if self.at is None else self.at.index
+
+
+# ── verify ──────────────────────────────────────────────────────────────────────────────────────
+
+
+def verify(directory: Path, wanted: str | None = None) -> Verdict:
+    """Every record of every file, in order; `wanted` is a hash that one of them must have.
+
+    Reads only, also while hive writes. Raises OSError when a file cannot be read.
+    """
+    for _ in range(LOOKS):
+        before = _look(directory)
+        verdict = _verified(directory, wanted)
+        if verdict.problem is None or _look(directory) == before:
+            break
+    return verdict
+
+
+def _look(directory: Path) -> object:
+    """What changes when files come or go; a file that only grew is the same."""
+    with contextlib.suppress(FileNotFoundError):
+        return sorted((one.name, one.inode()) for one in os.scandir(directory) if _is_log(one.name))
+    return None
+
+
+def _is_log(name: str) -> bool:
+    return name == ACTIVE or _OLDER.match(name) is not None
+
+
+def _verified(directory: Path, wanted: str | None) -> Verdict:
+    try:
+        head = read_head(directory)  # before the rest: what it names is written
+    except FileNotFoundError:
+        if not _look(directory) and wanted is None:
+            return Verdict()  # nothing was ever recorded here
+        return Verdict(problem=Problem(HEAD, 0, -1, "it is missing"))
+    except ValueError:
+        return Verdict(problem=Problem(HEAD, 0, -1, "it was changed: hive does not write it so"))
+    walk = _Walk(head, wanted=wanted)
+    with contextlib.ExitStack() as files:
+        for name, file in _opened_files(directory, files):
+            _walk_file(walk, name, file)
+            if walk.verdict.problem:
+                return walk.verdict
+    walk.verdict.problem = _problem_of_all(walk)
+    return walk.verdict
+
+
+def _opened_files(directory: Path, files: contextlib.ExitStack) -> list[tuple[str, BinaryIO]]:
+    """The oldest first; each once, though it may be renamed meanwhile."""
+    found: dict[int, tuple[str, BinaryIO]] = {}
+
+    def open_all(names: list[str]) -> None:
+        for name in names:
+            with contextlib.suppress(FileNotFoundError):
+                file = files.enter_context(_open_regular(directory / name))
+                found.setdefault(os.fstat(file.fileno()).st_ino, (name, file))
+
+    open_all([ACTIVE])  # first: renamed meanwhile, it is the newest of the older ones
+    with contextlib.suppress(FileNotFoundError):
+        open_all(sorted(name for name in os.listdir(directory) if _OLDER.match(name)))
+    return sorted(found.values(), key=lambda one: (one[0] == ACTIVE, one[0]))
+
+
+def _open_regular(path: Path) -> BinaryIO:
+    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
+    if not stat.S_ISREG(os.fstat(fd).st_mode):
+        os.close(fd)
+        raise OSError(errno.EINVAL, "it is not a regular file", str(path))
+    return open(fd, "rb")
+
+
+def _walk_file(walk: _Walk, name: str, file: BinaryIO) -> None:
+    """Follow the chain through a file, to its end or to the first problem."""
+    verdict = walk.verdict
+    verdict.files += 1
+    walk.lines = walk.bytes = 0
+    for line in file:
+        try:
+            record, link = opened(line, walk.at)
+            _must_be_named(name if not walk.lines else ACTIVE, link)
+            _must_be_head(walk.head, link)
+        except Broken as exc:
+            is_torn = name == ACTIVE and not line.endswith(b"\n")
+            if is_torn and walk.reached >= walk.head.index:  # more was never known to be written
+                verdict.unfinished = len(line)
+            else:
+                index = _index_in(line) if walk.at is None else walk.at.index + 1
+                verdict.problem = Problem(name, walk.lines + 1, index, str(exc))
+            return
+        walk.at = verdict.last = link
+        walk.lines += 1
+        walk.bytes += len(line)
+        if verdict.first is None:
+            verdict.first, walk.begins_after = link.index, record["previous_hash"]
+        verdict.records += 1
+        walk.last_action = record.get("action")
+        if record.get("action") == EXPIRED:
+            _note_expired(walk, record)
+        if link.hash == walk.wanted:
+            walk.wanted = None
+
+
+def _must_be_named(name: str, link: Link) -> None:
+    if (older := _OLDER.match(name)) and int(older[1]) != link.index:
+        raise Broken(f"the file has another's name: its first index is {link.index}")
+
+
+def _must_be_head(head: Link, link: Link) -> None:
+    if link.index == head.index and link.hash != head.hash:
+        raise Broken(f"the record is another than the one that {HEAD} names")
+
+
+def _note_expired(walk: _Walk, record: Mapping[str, Any]) -> None:
+    detail = record.get("detail")
+    if isinstance(detail, dict) and type(detail.get("through")) is int:
+        walk.expired[detail["through"]] = str(detail.get("hash"))
+
+
+def _index_in(line: bytes) -> int:
+    found = re.search(rb'"index":(\d{1,15})\b', line)
+    return int(found[1]) if found else 0
+
+
+def _problem_of_all(walk: _Walk) -> Problem | None:
+    """What no single record shows: the beginning or the end is missing."""
+    verdict, head = walk.verdict, walk.head
+    first = verdict.first or 0
+    before = Link(first - 1, walk.begins_after)
+    if (first == 0 and before != START) or (
+        first and walk.expired.get(before.index) != before.hash
+    ):
+        what = f"records 0 to {before.index} are missing, and no record says that hive removed them"
+        return Problem(ACTIVE, 1, first, what)
+    if verdict.last.index < head.index:
+        what = f"the end is missing: {HEAD} names record {head.index}"
+        return Problem(ACTIVE, walk.lines + 1, verdict.last.index + 1, what)
+    if head.index < before.index or (head.index == before.index and head != before):
+        return Problem(HEAD, 0, -1, f"it names record {head.index}, with another hash")
+    if walk.wanted:
+        return Problem(HEAD, 0, -1, f"no record has the hash {walk.wanted}")
+    return None
+
+
+def read_head(directory: Path) -> Link:
+    """The last record, as it was written down beside. Raises OSError, ValueError."""
+    with _open_regular(directory / HEAD) as file:
+        text = file.read(4096)
+    said = json.loads(text)
+    if not isinstance(said, dict) or type(said.get("index")) is not int:
+        raise ValueError(HEAD)
+    link = Link(said["index"], str(said.get("hash")))
+    if _head_text(link) != text:
+        raise ValueError(HEAD)
+    return link
+
+
+def _head_text(link: Link) -> bytes:
+    return (json.dumps(asdict(link), sort_keys=True) + "\n").encode()
+
+
+# ── look ────────────────────────────────────────────────────────────────────────────────────────
+
+
+def page(directory: Path, most: int, before: int | None = None) -> list[Facts]:
+    """The newest records, or the newest before an index; the newest first. They are not verified.
+
+    Raises OSError when a file cannot be read.
+    """
+    return list(islice(_backwards(directory, before), most))
+
+
+def _backwards(directory: Path, before: int | None) -> Iterator[Facts]:
+    with contextlib.ExitStack() as files:
+        for name, file in reversed(_opened_files(directory, files)):
+            older = _OLDER.match(name)
+            if before is not None and older and int(older[1]) >= before:
+                continue
+            for line in _lines_backwards(file):
+                with contextlib.suppress(Broken):
+                    record, link = opened(line + b"\n")
+                    if before is None or link.index < before:
+                        yield record
+
+
+def _lines_backwards(file: BinaryIO) -> Iterator[bytes]:
+    """Whole lines without their ends, the last first; a bounded part of the file at once."""
+    position = os.fstat(file.fileno()).st_size
+    held, is_end = b"", True
+    while position:
+        size = min(BLOCK, position)
+        position -= size
+        held = os.pread(file.fileno(), size, position) + held
+        first, *lines = held.split(b"\n")
+        if is_end and lines:  # what follows the last end of a line is not whole
+            lines, is_end = lines[:-1], False
+        yield from reversed(lines)
+        held = first
+    if held and not is_end:
+        yield held
+
+
+# ── write ───────────────────────────────────────────────────────────────────────────────────────
+
+
+class Journal:
+    """Appends records from a thread of its own; `put` never waits and never fails.
+
+    `told` hears, in that thread, when writing fails, when it works again and when the files are
+    not as they were left.
+    """
+
+    def __init__(
+        self,
+        directory: Path,
+        max_mib: float,
+        keep: int,
+        told: Callable[[News], None],
+        retry_s: float = RETRY_S,
+        stop: str | None = None,
+    ) -> None:
+        """A file has at most `max_mib`, and so many older ones are kept, at least one.
+
+        `stop` is the action of each life's last record: one that has none was killed.
+        """
+        self._directory = directory
+        self._max_bytes, self._keep = int(max_mib * MIB), keep
+        self._told, self._retry_s, self._stop = told, retry_s, stop
+        self._held: deque[Facts] = deque()
+        self._lost = 0
+        self._is_closed = False
+        self._changed = threading.Condition()
+        # From here on the thread's own.
+        self._fd = -1
+        self._at = START
+        self._head = START  # as it is on the disk
+        self._size = 0  # bytes of the active file that are whole
+        self._begins = 0  # its first index
+        self._is_tidy = self._is_partial = self._was_open = False
+        self._notes: list[Facts] = []  # of what was found here; before all that is held
+        self._failing_since: float | None = None
+        self._reason = ""
+        self._thread = threading.Thread(target=self._run, name="audit", daemon=True)
+        self._thread.start()
+
+    def put(self, facts: Facts) -> None:
+        """Record these facts, which are JSON's own kinds, as soon as it can be done."""
+        with self._changed:
+            if len(self._held) >= MOST_HELD:
+                self._lost += 1
+            else:
+                self._held.append(facts)
+            self._changed.notify_all()
+
+    def limit(self, max_mib: float, keep: int) -> None:
+        """From the next record on a file has at most so much, and so many older ones are kept."""
+        with self._changed:
+            self._max_bytes, self._keep = int(max_mib * MIB), keep
+            self._is_tidy = False
+
+    def close(self, within_s: float = CLOSE_S) -> int:
+        """Write what is held, and end; how many records the disk did not take in time."""
+        with self._changed:
+            self._is_closed = True
+            self._changed.notify_all()
+        self._thread.join(within_s)
+        return len(self._held) + self._lost
+
+    # ── the thread ──────────────────────────────────────────────────────────────────────────────
+
+    def _run(self) -> None:
+        while self._is_needed():
+            try:
+                while self._write_some():
+                    pass
+            except OSError as exc:
+                if not self._failed(exc):
+                    break
+        if self._fd >= 0:
+            os.close(self._fd)
+
+    def _is_needed(self) -> bool:
+        """Wait for something to do; False at the end."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._is_closed or self._owes)
+            return self._owes
+
+    @property
+    def _owes(self) -> bool:
+        is_unsure = self._fd < 0 or self._failing_since is not None
+        return bool(self._held or self._notes or is_unsure or self._head != self._at)
+
+    def _failed(self, exc: OSError) -> bool:
+        """Tell it once, and wait before the next try; False: hive ends meanwhile."""
+        if self._failing_since is None:
+            self._failing_since, self._reason = time.time(), exc.strerror or str(exc)
+            self._told(News("failing", self._reason))
+        with self._changed:
+            return not self._changed.wait_for(lambda: self._is_closed, self._retry_s)
+
+    def _write_some(self) -> bool:
+        """Write the oldest of what is held; False when there is nothing. Raises OSError."""
+        self._must_be_open()
+        self._write_head()  # if it failed the last time
+        with self._changed:
+            batch = list(islice(self._held, MOST_AT_ONCE))
+            late, lost, most, keep = len(self._held), self._lost, self._max_bytes, self._keep
+        notes, gap = self._notes, []
+        if self._failing_since is not None:
+            gap = [_gap(self._failing_since, self._reason, late, lost)]
+        if not (notes or gap or batch):
+            return False
+        if self._size >= most:
+            self._rotate()
+        gone, expired = self._too_old(keep)
+        self._append([*notes, *gap, *expired, *batch])
+        self._notes = []
+        with self._changed:
+            for _ in batch:
+                self._held.popleft()
+            self._lost -= lost if gap else 0
+        if gap:
+            self._failing_since = None
+            self._told(News("writing", self._reason, late, lost))
+        self._write_head()
+        for path in gone:
+            path.unlink(missing_ok=True)
+        self._is_tidy = True
+        return True
+
+    def _append(self, batch: list[Facts]) -> None:
+        """All of it or nothing. Raises OSError."""
+        if self._is_partial:
+            os.ftruncate(self._fd, self._size)
+        lines, at = [], self._at
+        for facts in batch:
+            line, at = sealed(facts, at)
+            lines.append(line)
+        data = unwritten = b"".join(lines)
+        self._is_partial = True
+        while unwritten:
+            unwritten = unwritten[os.write(self._fd, unwritten) :]
+        os.fsync(self._fd)
+        self._is_partial = False
+        self._size += len(data)
+        self._at = at
+
+    def _write_head(self) -> None:
+        if self._head != self._at:
+            _write_head(self._directory, self._at)
+            self._head = self._at
+
+    # ── files ───────────────────────────────────────────────────────────────────────────────────
+
+    def _must_be_open(self) -> None:
+        """Open it, also when somebody has changed or removed it under hive's hand."""
+        if self._fd >= 0:
+            found = os.fstat(self._fd)
+            grew = found.st_size > self._size if self._is_partial else False
+            if found.st_nlink and (found.st_size == self._size or grew):
+                return
+            os.close(self._fd)
+            self._fd = -1
+        self._open()
+
+    def _open(self) -> None:
+        """Go on where the last life ended: find its last whole record, and say what is wrong."""
+        self._directory.mkdir(mode=0o700, exist_ok=True)
+        self._directory.chmod(0o700)
+        path, older = self._directory / ACTIVE, self._older()
+        start = _last_link(older[-1]) if older else START
+        if _begins_with_damage(path):  # which was told then, and `verify` finds
+            start = None
+        problem = self._find_head(is_new=not older and not os.path.lexists(path))
+        walk, torn = _Walk(self._head, start), b""
+        with contextlib.suppress(FileNotFoundError), _open_regular(path) as file:
+            _walk_file(walk, ACTIVE, file)
+            torn = os.pread(file.fileno(), walk.verdict.unfinished, walk.bytes)
+        self._at = walk.at or self._head
+        if broken := walk.verdict.problem or self._cut_off(walk):
+            problem = problem or broken
+            self._set_aside(path, start)
+            self._at, walk.bytes = max(self._at, self._head), 0
+        self._fd = os.open(path, _APPEND, 0o600)
+        os.fchmod(self._fd, 0o600)
+        os.ftruncate(self._fd, walk.bytes)
+        _sync(self._directory)
+        self._size, self._is_partial, self._is_tidy = walk.bytes, False, False
+        first = walk.verdict.first
+        self._begins = first if walk.bytes and first is not None else self._at.index + 1
+        if torn:
+            self._notes.append(_note("chain.torn", "cut off", _about(torn)))
+        if self._stop and not self._was_open and walk.last_action not in (None, self._stop):
+            self._notes.append(_note("daemon.vanished", "its stop is not recorded", {}))
+        self._was_open = True
+        if problem is not None:
+            self._notes.insert(0, _note(DAMAGED, "damaged", {"problem": str(problem)}))
+            self._told(News("damaged", str(problem)))
+
+    def _find_head(self, *, is_new: bool) -> Problem | None:
+        """The last record as it was written down; from the first moment on there is one."""
+        try:
+            self._head = read_head(self._directory)
+        except (FileNotFoundError, ValueError) as exc:
+            self._head = START
+            if not is_new:
+                is_gone = isinstance(exc, FileNotFoundError)
+                return Problem(HEAD, 0, -1, "it is missing" if is_gone else "it was changed")
+            _write_head(self._directory, START)
+        return None
+
+    def _cut_off(self, walk: _Walk) -> Problem | None:
+        if self._at.index >= self._head.index:
+            return None
+        what = f"the end is missing: {HEAD} names record {self._head.index}"
+        return Problem(ACTIVE, walk.lines + 1, self._at.index + 1, what)
+
+    def _set_aside(self, path: Path, start: Link | None) -> None:
+        """Keep what somebody changed as it is; `verify` finds it where it belongs."""
+        first = (start or self._head).index + 1
+        while (target := self._directory / f"audit-{first:012}.jsonl").exists():
+            first += 1
+        with contextlib.suppress(FileNotFoundError):
+            path.rename(target)
+
+    def _rotate(self) -> None:
+        path = self._directory / ACTIVE
+        path.rename(self._directory / f"audit-{self._begins:012}.jsonl")
+        os.close(self._fd)
+        self._fd = -1  # if there is no new one, all is looked at again before the next try
+        self._fd = os.open(path, _APPEND | os.O_EXCL, 0o600)
+        self._size, self._begins = 0, self._at.index + 1
+        self._is_tidy = self._is_partial = False
+        _sync(self._directory)
+
+    def _older(self) -> list[Path]:
+        names = sorted(name for name in os.listdir(self._directory) if _OLDER.match(name))
+        return [self._directory / name for name in names]
+
+    def _too_old(self, keep: int) -> tuple[list[Path], list[Facts]]:
+        """The files that are to go, and the record that says so before they do."""
+        older = [] if self._is_tidy else self._older()
+        if len(older) <= keep:
+            return [], []
+        gone, first = older[:-keep], older[-keep]
+        before = _link_before(first)
+        if before is None:  # what is damaged stays, and what is before it
+            return [], []
+        detail = {"through": before.index, "hash": before.hash, "files": len(gone)}
+        return gone, [_note(EXPIRED, "ok", detail)]
+
+    def __repr__(self) -> str:
+        return f"<Journal at {self._at.index}, {len(self._held)} held>"
+
+
+_APPEND = os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
+
+
+def now() -> str:
+    """A record's timestamp: ISO 8601, UTC, microseconds."""
+    return datetime.now(UTC).isoformat(timespec="microseconds")
+
+
+def _note(action: str, outcome: str, detail: Facts) -> Facts:
+    return {
+        "timestamp": now(),
+        "actor": "hive",
+        "action": action,
+        "target": "audit",
+        "outcome": outcome,
+        "request_id": None,
+        "detail": detail,
+    }
+
+
+def _gap(since: float, reason: str, late: int, lost: int) -> Facts:
+    began = datetime.fromtimestamp(since, UTC).isoformat(timespec="microseconds")
+    return _note("chain.gap", reason, {"since": began, "late": late, "lost": lost})
+
+
+def _about(torn: bytes) -> Facts:
+    return {"bytes": len(torn), "sha256": hashlib.sha256(torn).hexdigest()}
+
+
+def _write_head(directory: Path, link: Link) -> None:
+    """Whole or not at all. Raises OSError."""
+    draft = directory / f".{HEAD}"
+    flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC | os.O_NOFOLLOW
+    fd = os.open(draft, flags, 0o600)
+    with open(fd, "wb") as file:
+        file.write(_head_text(link))
+        file.flush()
+        os.fsync(fd)
+    draft.replace(directory / HEAD)
+
+
+def _last_link(path: Path) -> Link | None:
+    """The last record's place; None where it cannot be read."""
+    with contextlib.suppress(Broken, StopIteration, OSError), _open_regular(path) as file:
+        return opened(next(_lines_backwards(file)) + b"\n")[1]
+    return None
+
+
+def _begins_with_damage(path: Path) -> bool:
+    with contextlib.suppress(Broken, OSError), _open_regular(path) as file:
+        return opened(file.readline())[0].get("action") == DAMAGED
+    return False
+
+
+def _link_before(path: Path) -> Link | None:
+    """The place of the record before a file's first one; None where it cannot be read."""
+    with contextlib.suppress(Broken, OSError), _open_regular(path) as file:
+        record, link = opened(file.readline())
+        return Link(link.index - 1, record["previous_hash"])
+    return None
+
+
+def _sync(directory: Path) -> None:
+    fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(fd)
+    finally:
+        os.close(fd)

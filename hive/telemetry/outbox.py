@@ -1,0 +1,554 @@
+"""Escalations on their way to the alerts' webhook: written down first, then sent until it took them.
+
+What counts as queued is on disk (storage/outbox) and is sent once: the row is marked after the
+answer. Only who is killed between the two sends it again, the same bytes under the same id. A disk
+that is full or hangs is told and tried again; what it cannot keep is sent all the same, from memory.
+Neither the disk nor the webhook is ever waited for by anything else of hive.
+"""
+
+import asyncio
+import contextlib
+import json
+import logging
+import os
+import random
+import secrets
+import sqlite3
+import time
+from collections import deque
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from dataclasses import replace
+from datetime import UTC, datetime, timedelta
+from enum import StrEnum
+from functools import partial
+from pathlib import Path
+from typing import Any, TypeVar
+
+import aiohttp
+
+from hive.errors import Severity
+from hive.events import AlertTried, Announcer, Escalated, EscalationResolved, Event, OutboxCounted
+from hive.policy.escalation import LEVELS, Subject
+from hive.policy.retries import RetryPolicy, until_taken
+from hive.settings import Alerts, open_regular
+from hive.storage.damage import is_broken
+from hive.storage.outbox import Kept, Message, OutboxFile, Progress
+from hive.storage.threads import in_its_own_thread
+
+log = logging.getLogger(__name__)
+
+T = TypeVar("T")
+LEAST_S = 1.0  # between two tries, whatever is heard meanwhile
+SAVE_S = 2.0  # for the disk; what takes longer is not waited for
+AGAIN_S = 5.0  # until a disk that failed is tried again
+END_S = 3.0  # that hive's end gives what is still to be written and sent
+LASTS = timedelta(days=30)  # an Alertmanager forgets an alert then that nobody told to be over
+ANSWER_BYTES = 4096  # of an answer's body; nobody reads them
+TOKEN_BYTES = 4096
+TOLD = 20  # of the messages that are done
+WEBHOOK = Subject("webhook")
+CREDENTIALS = ("HTTP 401", "HTTP 403")
+# Of 4xx: the webhook means later, or its operator can correct hive's credentials.
+_LATER = (401, 403, 408, 429)
+_DISK = (sqlite3.Error, OSError)
+
+
+class Tried(StrEnum):
+    """What a try came to."""
+
+    SENT = "sent"
+    FAILED = "failed"
+    DROPPED = "dropped"
+
+
+class Outbox:
+    """The listener, the file and the sender. Without a webhook_url it does nothing."""
+
+    def __init__(
+        self,
+        settings: Alerts,
+        directory: Path,
+        announcer: Announcer,
+        chance: Callable[[], float] = random.random,
+    ) -> None:
+        self._settings, self._announcer, self._chance = settings, announcer, chance
+        self._url = settings.webhook_url.get_secret_value()
+        self._least = LEVELS.index(Severity(settings.level))
+        self._policy: RetryPolicy = until_taken(settings.retry_max_s)
+        self._file = OutboxFile(directory)
+        self._is_read = False
+        self._heard: deque[Escalated | EscalationResolved] = deque()
+        self._coming: list[Message] = []  # that the disk was not offered yet
+        self._waiting: list[Message] = []  # in order
+        self._alerts: dict[str, dict[str, Any]] = {}  # that the webhook is to be told the end of
+        self._number = 0
+        # What the file does not have yet.
+        self._unsaved: dict[str, Message] = {}
+        self._opened: dict[str, str] = {}
+        self._closed: set[str] = set()
+        self._working: asyncio.Future[Any] | None = None  # the last call of the file
+        self._disk_failed = ""  # why, where the disk failed last
+        self._failures = 0  # of the webhook, one after the other
+        self._next_try_at = 0.0  # seconds since 1970
+        self._news = asyncio.Event()
+        self._work = asyncio.Event()
+        self._fresh = asyncio.Event()  # something that was never tried
+        self._turn = asyncio.Lock()  # of the file
+
+    @property
+    def is_on(self) -> bool:
+        return bool(self._url)
+
+    def apply(self, settings: Alerts) -> None:
+        """A reload: how is sent what is sent from now on. Where to needs a restart."""
+        self._settings = settings
+        self._least = LEVELS.index(Severity(settings.level))
+        self._policy = until_taken(settings.retry_max_s)
+        self._fresh.set()  # the token may be another one
+
+    def hear(self, event: Event) -> None:
+        """Keep what is to be sent; costs nothing for any other event."""
+        if not self.is_on or not isinstance(event, Escalated | EscalationResolved):
+            return
+        if LEVELS.index(Severity(event.level)) < self._least or event.subject == str(WEBHOOK):
+            return  # that the webhook refuses hive cannot be told to it
+        self._heard.append(event)
+        self._news.set()
+        self._fresh.set()
+
+    @asynccontextmanager
+    async def running(self) -> AsyncIterator[None]:
+        """Send while the block runs; at its end END_S more for what is not written or sent yet.
+
+        What an earlier life of hive told the webhook is told to be over: this one looks anew.
+        """
+        if not self.is_on:
+            yield
+            return
+        self._news.set()  # what an earlier life has left
+        async with self._session() as session, asyncio.TaskGroup() as tasks:
+            working = [
+                tasks.create_task(_for_ever(self._saving), name="outbox: save"),
+                tasks.create_task(_for_ever(partial(self._sending, session)), name="outbox: send"),
+            ]
+            try:
+                yield
+            finally:
+                await self._finished()
+                for one in working:
+                    one.cancel()
+        async with self._turn:
+            await self._in_thread(self._file.close)
+
+    async def view(self) -> dict[str, Any]:
+        """For operators: what waits, and why; never the URL."""
+        first = self._waiting[0] if self._waiting else None
+        done: list[Message] = []
+        if self.is_on and self._is_read and not self._disk_failed:
+            async with self._turn:
+                done = await self._in_thread(partial(self._file.done, TOLD)) or []
+        return {
+            "enabled": self.is_on,
+            "waiting": len(self._waiting),
+            "oldest_at": first.queued_at if first else None,
+            "attempts": first.attempts if first else 0,
+            "last_error": first.last_error if first else "",
+            "next_try_seconds": round(max(0.0, self._next_try_at - time.time()), 1)
+            if first
+            else 0.0,
+            "disk_error": self._disk_failed,
+            "messages": [_view(one) for one in [*reversed(self._waiting[-TOLD:]), *done][:TOLD]],
+        }
+
+    # ── messages ────────────────────────────────────────────────────────────────────────────────
+
+    def _take(self, event: Escalated | EscalationResolved) -> None:
+        key = f"{event.rule}:{event.subject}"
+        if isinstance(event, Escalated):
+            alert = _alert(event, self._settings)
+            self._alerts[key] = alert
+            self._opened[key] = json.dumps(alert)
+            self._closed.discard(key)
+            self._add(event.rule, event.subject, event.level, alert, is_resolved=False)
+        elif key in self._alerts:
+            self._resolve(key, event.rule, event.subject, event.level, "")
+
+    def _resolve(self, key: str, rule: str, subject: str, level: str, why: str) -> None:
+        alert = self._alerts.pop(key)
+        self._opened.pop(key, None)
+        self._closed.add(key)
+        alert = {**alert, "endsAt": _stamp(datetime.now(UTC))}
+        if why:
+            alert["annotations"] = {**alert["annotations"], "resolved": why}
+        self._add(rule, subject, level, alert, is_resolved=True)
+
+    def _add(
+        self, rule: str, subject: str, level: str, alert: dict[str, Any], *, is_resolved: bool
+    ) -> None:
+        self._number = max(self._number + 1, time.time_ns())
+        message = Message(
+            delivery=secrets.token_hex(16),
+            number=self._number,
+            rule=rule,
+            subject=subject,
+            level=level,
+            is_resolved=is_resolved,
+            body=json.dumps([alert]),
+            queued_at=time.time(),
+        )
+        self._coming.append(message)
+        self._unsaved[message.delivery] = message
+
+    def _queue(self) -> None:
+        """What was offered to the disk may be sent; what is too much is dropped."""
+        self._waiting += self._coming
+        self._coming.clear()
+        while len(self._waiting) > self._settings.max_waiting:
+            least = min(
+                self._waiting, key=lambda one: (LEVELS.index(Severity(one.level)), one.number)
+            )
+            self._done(least, Progress.DROPPED)
+            least.last_error = "too many were waiting"
+            self._tell(least, Tried.DROPPED)
+        self._count()
+        if self._waiting:
+            self._work.set()
+
+    def _done(self, message: Message, how: Progress) -> None:
+        message.state = how
+        self._waiting.remove(message)
+        self._unsaved[message.delivery] = message
+
+    def _tell(self, message: Message, outcome: Tried) -> None:
+        self._announcer.announce(
+            AlertTried(
+                delivery=message.delivery,
+                rule=message.rule,
+                subject=message.subject,
+                level=message.level,
+                outcome=str(outcome),
+                why=message.last_error if outcome is not Tried.SENT else "",
+                attempts=message.attempts,
+                waiting=len(self._waiting),
+            )
+        )
+        self._count()
+
+    def _count(self) -> None:
+        self._announcer.announce(OutboxCounted(len(self._waiting)))
+
+    # ── the disk ────────────────────────────────────────────────────────────────────────────────
+
+    async def _saving(self) -> None:
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(AGAIN_S if self._is_unsaved else None):
+                await self._news.wait()
+        await self._save()
+
+    @property
+    def _is_unsaved(self) -> bool:
+        return bool(not self._is_read or self._unsaved or self._opened or self._closed)
+
+    async def _save(self) -> None:
+        """Write what was heard, and what the disk did not take before; then it may be sent."""
+        self._news.clear()
+        while self._heard:
+            self._take(self._heard.popleft())
+        if not self._is_read:
+            async with self._turn:
+                kept = await self._in_thread(self._file.read)
+            if kept is not None:
+                self._adopt(kept)
+        await self._write_if_read()
+        self._queue()
+
+    def _adopt(self, kept: Kept) -> None:
+        """What an earlier life has left goes first; what it told is over."""
+        self._is_read = True
+        if kept.set_aside:
+            log.error(
+                "the outbox of alerts cannot be used (%s); what was in it is not sent",
+                kept.set_aside,
+            )
+        self._waiting[:0] = kept.waiting
+        self._number = max([self._number, *(one.number for one in kept.waiting)])
+        for key, text in kept.open.items():
+            if key in self._alerts:
+                continue  # it is so again
+            rule, _, subject = key.partition(":")
+            try:
+                alert = json.loads(text)
+                level = Severity(alert["labels"]["severity"])
+            except (ValueError, KeyError, TypeError):  # not as hive writes it
+                self._closed.add(key)
+                continue
+            self._alerts[key] = alert
+            self._resolve(key, rule, subject, level, "hive was started anew, and looks anew")
+
+    async def _write(self) -> None:
+        """All that the file does not have, in one transaction."""
+        async with self._turn:
+            copies = [replace(one) for one in self._unsaved.values()]
+            opened, closed = dict(self._opened), set(self._closed)
+            if not (copies or opened or closed):
+                return
+            write = partial(self._file.write, copies, opened, closed)
+            if not await self._in_thread(lambda: write() or True):
+                return
+        for copy in copies:
+            # What has changed meanwhile is written again.
+            if self._unsaved.get(copy.delivery) == copy:
+                del self._unsaved[copy.delivery]
+        for key, text in opened.items():
+            if self._opened.get(key) == text:
+                del self._opened[key]
+        self._closed -= closed
+
+    async def _in_thread(self, work: Callable[[], T]) -> T | None:
+        """What came of it; None where the disk failed or hangs, which is told once.
+
+        Whoever calls has the turn. While the disk hangs nothing more is asked of it.
+        """
+        if self._working is not None and not self._working.done():
+            return None
+        self._working = asyncio.ensure_future(in_its_own_thread(work))
+        await asyncio.wait({self._working}, timeout=SAVE_S)
+        if not self._working.done():
+            self._working.add_done_callback(self._came_back)
+            self._disk("it does not answer")
+            return None
+        try:
+            result: T = self._working.result()
+        except _DISK as exc:
+            await self._replace(exc)
+            self._disk(getattr(exc, "strerror", None) or str(exc))
+            return None
+        if self._disk_failed:
+            log.warning("the outbox of alerts is on disk again")
+            self._disk_failed = ""
+        return result
+
+    async def _replace(self, exc: Exception) -> None:
+        """A file that breaks under hive is set aside; all that is known goes into a new one."""
+        if not (self._is_read and is_broken(exc)):
+            return
+        self._working = asyncio.ensure_future(in_its_own_thread(self._file.put_aside))
+        await asyncio.wait({self._working}, timeout=SAVE_S)
+        self._unsaved |= {one.delivery: one for one in self._waiting}
+        self._opened = {key: json.dumps(alert) for key, alert in self._alerts.items()}
+
+    def _came_back(self, writing: "asyncio.Future[Any]") -> None:
+        if not writing.cancelled():
+            writing.exception()  # it is done again in any case, and the row is the same
+        self._news.set()
+
+    def _disk(self, why: str) -> None:
+        if not self._disk_failed:
+            log.error(
+                "the outbox of alerts cannot be written (%s): alerts are sent all the same, and are "
+                "lost if hive ends before; free the disk under server.state_dir",
+                why,
+            )
+        self._disk_failed = why
+
+    # ── the webhook ─────────────────────────────────────────────────────────────────────────────
+
+    def _session(self) -> aiohttp.ClientSession:
+        """No cookies, no proxy of the environment, no connection that is kept."""
+        return aiohttp.ClientSession(
+            connector=aiohttp.TCPConnector(limit=1, force_close=True),
+            cookie_jar=aiohttp.DummyCookieJar(),
+            headers={"User-Agent": "hive", "Content-Type": "application/json"},
+        )
+
+    async def _sending(self, session: aiohttp.ClientSession) -> None:
+        """The next message, once there is one."""
+        await self._work.wait()
+        if not self._waiting:
+            self._work.clear()
+            return
+        message = self._waiting[0]
+        message.tried_at = time.time()
+        message.attempts += 1
+        await self._tried(message, *await self._attempt(session, message))
+
+    async def _attempt(self, session: aiohttp.ClientSession, message: Message) -> tuple[Tried, str]:
+        """What came of it, and why it was not taken: never a host, a path or what was answered."""
+        headers = {"Idempotency-Key": message.delivery, "X-Hive-Delivery": message.delivery}
+        try:
+            if token := self._token():
+                headers["Authorization"] = f"Bearer {token}"
+            async with session.post(
+                self._url,
+                data=message.body.encode(),
+                headers=headers,
+                allow_redirects=False,
+                timeout=aiohttp.ClientTimeout(total=self._settings.timeout_s),
+            ) as answer:
+                await answer.content.read(ANSWER_BYTES)
+                status = answer.status
+        except TimeoutError:
+            return Tried.FAILED, f"no answer within {self._settings.timeout_s:g} s"
+        except (aiohttp.ClientError, OSError, ValueError) as exc:
+            return Tried.FAILED, _reason(exc)
+        if 200 <= status < 300:  # noqa: PLR2004
+            return Tried.SENT, ""
+        is_final = 400 <= status < 500 and status not in _LATER  # noqa: PLR2004
+        return Tried.DROPPED if is_final else Tried.FAILED, f"HTTP {status}"
+
+    def _token(self) -> str:
+        """Raises OSError, ValueError where the file does not hold one."""
+        path = self._settings.webhook_token_file
+        if path is None:
+            return self._settings.webhook_token.get_secret_value()
+        with open_regular(path) as file:
+            token = file.read(TOKEN_BYTES + 1).decode("ascii").strip()
+        if not token or len(token) > TOKEN_BYTES or not token.isprintable() or " " in token:
+            raise ValueError("webhook_token_file holds no token")
+        return token
+
+    async def _tried(self, message: Message, outcome: Tried, why: str) -> None:
+        message.last_error = why
+        self._unsaved[message.delivery] = message
+        if outcome is Tried.FAILED:
+            self._failures += 1
+            pause_s = self._policy.delay_s(self._failures, self._chance())
+            self._next_try_at = time.time() + pause_s
+            await self._write_if_read()
+            self._tell(message, outcome)
+            self._drop_what_is_old()
+            await self._pause(pause_s)
+            return
+        self._failures, self._next_try_at = 0, 0.0
+        if message in self._waiting:  # it may have made room meanwhile
+            self._done(message, Progress.SENT if outcome is Tried.SENT else Progress.DROPPED)
+        await self._write_if_read()
+        self._tell(message, outcome)
+
+    async def _pause(self, seconds: float) -> None:
+        """A new alert is no reason to wait for the end of a long pause."""
+        self._fresh.clear()
+        least_s = min(LEAST_S, seconds)
+        await asyncio.sleep(least_s)
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(seconds - least_s):
+                await self._fresh.wait()
+
+    async def _write_if_read(self) -> None:
+        if self._is_read:
+            await self._write()
+
+    def _drop_what_is_old(self) -> None:
+        """After a try that failed: a webhook that is there again gets what waited, however old."""
+        least = time.time() - self._settings.keep_s
+        for message in [one for one in self._waiting if one.queued_at < least]:
+            self._done(message, Progress.DROPPED)
+            message.last_error = message.last_error or "it has waited too long"
+            self._tell(message, Tried.DROPPED)
+        self._news.set()
+
+    async def _finished(self) -> None:
+        """Return when all is written, and all is sent that the webhook takes; END_S at most."""
+
+        def is_done() -> bool:
+            is_kept = not (self._heard or self._coming or self._is_unsaved)
+            return is_kept and (not self._waiting or self._failures > 0)
+
+        until = time.monotonic() + END_S
+        while not is_done() and time.monotonic() < until:
+            self._news.set()
+            await asyncio.sleep(0.02)
+        if self._waiting:
+            log.warning("%d alerts are sent at hive's next start", len(self._waiting))
+
+    def __repr__(self) -> str:
+        return f"<Outbox {len(self._waiting)} waiting, {len(self._unsaved)} not on disk>"
+
+
+async def _for_ever(step: Callable[[], Awaitable[None]]) -> None:
+    """The boundary of the outbox's tasks: what nobody foresaw ends neither them nor hive."""
+    while True:
+        try:
+            await step()
+        except Exception:
+            log.exception("the outbox of alerts met what nobody foresaw")
+            await asyncio.sleep(AGAIN_S)
+
+
+# ── Alertmanager's words ────────────────────────────────────────────────────────────────────────
+
+
+def alert_name(rule: str) -> str:
+    """HiveBreakerOpen of breaker_open."""
+    return "Hive" + "".join(word.capitalize() for word in rule.split("_"))
+
+
+def _alert(event: Escalated, settings: Alerts) -> dict[str, Any]:
+    """As Alertmanager's API v2 takes it. It ends by itself only where nobody says that it has."""
+    name = alert_name(event.rule)
+    labels = {
+        **settings.labels,
+        "alertname": name,
+        "severity": event.level,
+        "rule": event.rule,
+        "operation": event.operation,
+        "model": event.model,
+        "worker": event.worker,
+        "device": event.device,
+        "kind": str(event.context.get("kind", "")),
+    }
+    began = datetime.fromisoformat(event.began_at)
+    return {
+        # To Alertmanager an empty label is none.
+        "labels": {key: value for key, value in labels.items() if value},
+        "annotations": {
+            "summary": event.message,
+            "description": _described(event),
+            "recommended_action": event.recommended_action,
+            "runbook_url": f"{settings.runbook_url}#{name.lower()}",
+            "error_code": event.code,
+            "timestamp": event.began_at,
+        },
+        "startsAt": _stamp(began),
+        "endsAt": _stamp(began + LASTS),
+    }
+
+
+def _described(event: Escalated) -> str:
+    """The message with its numbers: calls 24, failures 13."""
+    facts = ", ".join(f"{key} {value}" for key, value in event.context.items())
+    code = f" ({event.code})" if event.code else ""
+    return f"{event.message}{code}{f' {facts}.' if facts else ''} {event.recommended_action}"
+
+
+def _stamp(moment: datetime) -> str:
+    return moment.astimezone(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
+
+
+def _reason(exc: Exception) -> str:
+    """In a few words; a file's name or an address may be in the exception's own."""
+    if isinstance(exc, aiohttp.ClientConnectorDNSError):
+        return "its name cannot be resolved"
+    if isinstance(exc, aiohttp.ClientConnectorError):
+        # asyncio's own words have the address in them.
+        return os.strerror(exc.errno) if exc.errno else "no connection"
+    if isinstance(exc, OSError) and exc.filename:
+        return f"webhook_token_file: {os.strerror(exc.errno or 0)}"
+    if isinstance(exc, ValueError) and not isinstance(exc, aiohttp.ClientError):
+        return "webhook_token_file holds no token"
+    return type(exc).__name__
+
+
+def _view(message: Message) -> dict[str, Any]:
+    return {
+        "delivery": message.delivery,
+        "rule": message.rule,
+        "subject": message.subject,
+        "level": message.level,
+        "resolved": message.is_resolved,
+        "state": str(message.state),
+        "queued_at": message.queued_at,
+        "attempts": message.attempts,
+        "last_error": message.last_error,
+    }

@@ -1,0 +1,531 @@
+"""The audit log's files: whatever somebody does to them is found, whatever fails is told and made up for."""
+
+import contextlib
+import errno
+import json
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from hive.policy.chain import START, Link, opened
+from hive.storage import audit
+from hive.storage.audit import ACTIVE, HEAD, Facts, Journal, News, page, verify
+from tests.doubles.fs import Faults, Rule
+from tests.patience import wait_until
+
+SMALL = 0.001  # MiB: a rotation every few records
+
+
+def facts(number: int) -> Facts:
+    return {"action": f"n{number}", "detail": {}, "timestamp": audit.now()}
+
+
+class Kept:
+    """A journal and what it told."""
+
+    def __init__(self, directory: Path, max_mib: float = 10, keep: int = 10) -> None:
+        self.directory = directory
+        self.news: list[News] = []
+        self.journal = Journal(directory, max_mib, keep, self.news.append)
+
+    def write(self, count: int, one_by_one: bool = True) -> None:
+        for number in range(count):
+            self.journal.put(facts(number))
+            if one_by_one:
+                wait_until(lambda: not self.journal._held, "the record")
+
+    def end(self) -> None:
+        assert self.journal.close() == 0
+
+
+@pytest.fixture
+def directory(tmp_path: Path) -> Path:
+    return tmp_path / "audit"
+
+
+def written(directory: Path, count: int, max_mib: float = 10, keep: int = 10) -> list[News]:
+    kept = Kept(directory, max_mib, keep)
+    kept.write(count, one_by_one=max_mib != 10)
+    kept.end()
+    return kept.news
+
+
+def texts(directory: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in directory.iterdir()}
+
+
+def actions(directory: Path) -> list[str]:
+    return [one["action"] for one in reversed(page(directory, 10_000))]
+
+
+# ── what is written ─────────────────────────────────────────────────────────────────────────────
+
+
+def test_records_are_for_hives_user_alone_and_whole(directory: Path) -> None:
+    assert written(directory, 5) == []
+
+    verdict = verify(directory)
+    assert (verdict.problem, verdict.records, verdict.first, verdict.last.index) == (None, 5, 0, 4)
+    assert directory.stat().st_mode & 0o777 == 0o700
+    assert {p.stat().st_mode & 0o777 for p in directory.iterdir()} == {0o600}
+    assert audit.read_head(directory) == verdict.last
+    assert actions(directory) == [f"n{number}" for number in range(5)]
+
+
+def test_where_nothing_was_recorded_nothing_is_wrong(directory: Path) -> None:
+    assert verify(directory) == audit.Verdict()
+    assert page(directory, 10) == []
+
+
+def test_the_next_life_goes_on_with_the_chain(directory: Path) -> None:
+    """AUDIT: survives restarts."""
+    for _ in range(3):
+        assert written(directory, 2) == []
+
+    verdict = verify(directory)
+    assert (verdict.problem, verdict.records) == (None, 6)
+
+
+def test_rotation_keeps_the_chain_over_all_files(directory: Path) -> None:
+    assert written(directory, 30, SMALL, keep=100) == []
+    assert written(directory, 30, SMALL, keep=100) == []
+
+    names = sorted(texts(directory))
+    assert len(names) > 5
+    for name in names:
+        if found := re.match(r"audit-(\d+)\.jsonl", name):
+            first = (directory / name).read_bytes().splitlines(keepends=True)[0]
+            assert opened(first)[1].index == int(found[1])
+    verdict = verify(directory)
+    assert (verdict.problem, verdict.records, verdict.files) == (None, 60, len(names) - 1)
+
+
+def test_what_hive_removes_it_says_and_what_somebody_removes_is_missed(directory: Path) -> None:
+    written(directory, 60, SMALL, keep=3)
+
+    verdict = verify(directory)
+    assert verdict.problem is None
+    assert verdict.first
+    assert verdict.files == 4
+    assert "chain.expired" in actions(directory)
+    oldest = min(path for path in directory.glob("audit-*"))
+    oldest.unlink()
+    problem = verify(directory).problem
+    assert problem
+    assert "missing, and no record says that hive removed them" in problem.what
+
+
+def test_other_limits_count_from_the_next_record_on(directory: Path) -> None:
+    kept = Kept(directory)
+    kept.write(40)
+    kept.journal.limit(SMALL, 1)
+    kept.write(40)
+    kept.end()
+
+    assert len(list(directory.glob("audit-*"))) == 1
+    assert verify(directory).problem is None
+
+
+def test_a_page_begins_where_the_last_one_ended(directory: Path) -> None:
+    written(directory, 30, SMALL)
+    found, before = [], None
+    while part := page(directory, 7, before):
+        found += [one["index"] for one in part]
+        before = found[-1]
+
+    assert found == list(range(29, -1, -1))
+
+
+# ── what somebody changes ───────────────────────────────────────────────────────────────────────
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
+    """A log of several files, as a clean stop leaves it."""
+    directory = tmp_path_factory.mktemp("whole") / "audit"
+    written(directory, 12, SMALL)
+    assert len(list(directory.iterdir())) > 3
+    return texts(directory)
+
+
+@pytest.fixture(scope="module")
+def copy(tmp_path_factory: pytest.TempPathFactory) -> Callable[[dict[str, bytes]], Path]:
+    directory = tmp_path_factory.mktemp("copy")
+
+    def made(files: dict[str, bytes]) -> Path:
+        for path in directory.iterdir():
+            path.unlink()
+        for name, text in files.items():
+            (directory / name).write_bytes(text)
+        return directory
+
+    return made
+
+
+@given(data=st.data())
+@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+def test_a_single_change_is_always_found(
+    whole: dict[str, bytes], copy: Callable[[dict[str, bytes]], Path], data: st.DataObject
+) -> None:
+    """A byte that is another, removed or added; a line removed, doubled or moved; a file removed or cut."""
+    name = data.draw(st.sampled_from(sorted(whole)))
+    text = whole[name]
+    lines = text.splitlines(keepends=True)
+    at = data.draw(st.integers(0, len(text) - 1))
+    number = data.draw(st.integers(0, len(lines) - 1))
+    byte = bytes([data.draw(st.integers(0, 255).filter(lambda one: one != text[at]))])
+    how = data.draw(
+        st.sampled_from(["byte", "cut", "add", "line", "double", "swap", "file", "tail"])
+    )
+    changed = {
+        "byte": text[:at] + byte + text[at + 1 :],
+        "cut": text[:at] + text[at + 1 :],
+        "add": text[:at] + byte + text[at:],
+        "line": b"".join(lines[:number] + lines[number + 1 :]),
+        "double": b"".join(lines[: number + 1] + lines[number:]),
+        "swap": b"".join(
+            [*lines[:number], *lines[number : number + 2][::-1], *lines[number + 2 :]]
+        ),
+        "file": None,
+        "tail": text[:at],
+    }[how]
+    if changed == text:  # the last line has nothing to be swapped with
+        return
+    files = {**whole, name: changed} if changed is not None else {**whole}
+    if changed is None:
+        del files[name]
+
+    verdict = verify(copy({key: value for key, value in files.items() if value is not None}))
+
+    assert verdict.problem, (how, name, at, number)
+
+
+@pytest.mark.parametrize("number", [0, 4, 11])
+def test_the_record_that_was_changed_is_named(
+    number: int, whole: dict[str, bytes], copy: Callable[[dict[str, bytes]], Path]
+) -> None:
+    """AUDIT: tampering is found by its index."""
+    action = f'"n{number}"'.encode()
+    files = {name: text.replace(action, b'"xx"') for name, text in whole.items()}
+    (name,) = (name for name in files if files[name] != whole[name])
+
+    problem = verify(copy(files)).problem
+    assert problem
+    assert (problem.file, problem.index) == (name, number)
+    line = files[name].splitlines()[problem.line - 1]
+    assert b'"xx"' in line
+
+
+def test_a_whole_new_chain_is_found_by_a_hash_that_was_kept_elsewhere(
+    directory: Path, tmp_path: Path
+) -> None:
+    """What verify alone cannot see: who can write everything can write it all anew."""
+    written(directory, 5)
+    kept = page(directory, 3)[-1]["hash"]
+    assert verify(directory, kept).problem is None
+    other = tmp_path / "other"
+    written(other, 5)
+
+    assert verify(other).problem is None
+    problem = verify(other, kept).problem
+    assert problem
+    assert kept in problem.what
+
+
+# ── what the next life does about it ────────────────────────────────────────────────────────────
+
+
+def test_a_torn_last_line_becomes_a_note_and_nothing_else_is_lost(directory: Path) -> None:
+    """As SIGKILL leaves it, in the middle of a write."""
+    written(directory, 4)
+    before = (directory / ACTIVE).read_bytes()
+    (directory / ACTIVE).write_bytes(before + b'{"action":"half of a rec')
+    assert verify(directory).problem is None
+    assert verify(directory).unfinished == 24
+
+    assert written(directory, 1) == []
+
+    assert (directory / ACTIVE).read_bytes().startswith(before)
+    assert actions(directory) == ["n0", "n1", "n2", "n3", "chain.torn", "n0"]
+    assert page(directory, 2)[1]["detail"]["bytes"] == 24
+    assert verify(directory) == audit.Verdict(6, 1, 0, audit.read_head(directory))
+
+
+def test_a_record_that_was_written_before_its_head_stays(directory: Path) -> None:
+    """As SIGKILL leaves it, between the record and the head."""
+    written(directory, 2)
+    head = (directory / HEAD).read_bytes()
+    written(directory, 1)
+    (directory / HEAD).write_bytes(head)
+
+    assert written(directory, 1) == []
+    assert verify(directory).records == 4
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda d: _edit(d, ACTIVE, b"n2", b"xx"), "line 3, index 2: the record was changed"),
+        (lambda d: _cut(d, 3), "line 4, index 3: the end is missing"),
+        (lambda d: (d / ACTIVE).unlink(), "line 1, index 0: the end is missing"),
+        (lambda d: (d / HEAD).unlink(), "head.json: it is missing"),
+        (lambda d: (d / HEAD).write_bytes(b"{}"), "head.json: it was changed"),
+    ],
+)
+def test_what_was_changed_is_kept_and_told_and_never_healed(
+    directory: Path, change: Callable[[Path], object], words: str
+) -> None:
+    written(directory, 6)
+    before = audit.read_head(directory)
+    change(directory)
+    files = texts(directory)
+
+    (news,) = written(directory, 2)
+
+    assert (news.state, news.late, news.lost) == ("damaged", 0, 0)
+    assert words in news.reason
+    assert "chain.damaged" in actions(directory)
+    if ACTIVE in files:  # as it was, under another name or at the beginning of the same
+        assert any(text.startswith(files[ACTIVE]) for text in texts(directory).values())
+    if "head.json" not in words:
+        assert verify(directory).problem
+        assert audit.read_head(directory).index == before.index + 3
+    assert written(directory, 1) == []  # it was told
+
+
+def test_a_file_that_is_changed_under_hives_hand_is_noticed(directory: Path) -> None:
+    kept = Kept(directory)
+    kept.write(3)
+    with (directory / ACTIVE).open("r+b") as file:
+        file.truncate(10)
+    kept.write(1)
+    kept.end()
+
+    assert [one.state for one in kept.news] == ["damaged"]
+    assert verify(directory).problem
+
+
+def test_a_file_that_is_removed_under_hives_hand_is_noticed(directory: Path) -> None:
+    kept = Kept(directory)
+    kept.write(3)
+    (directory / ACTIVE).unlink()
+    kept.write(1)
+    kept.end()
+
+    assert [one.state for one in kept.news] == ["damaged"]
+    assert actions(directory)[-1] == "n0"
+
+
+def _edit(directory: Path, name: str, old: bytes, new: bytes) -> None:
+    path = directory / name
+    path.write_bytes(path.read_bytes().replace(old, new))
+
+
+def _cut(directory: Path, lines: int) -> None:
+    path = directory / ACTIVE
+    path.write_bytes(b"".join(path.read_bytes().splitlines(keepends=True)[:lines]))
+
+
+# ── a disk that fails ───────────────────────────────────────────────────────────────────────────
+
+# Writes a record for each line that it reads, numbered; prints what the journal tells.
+WRITER = """
+import sys
+from pathlib import Path
+from hive.storage.audit import Journal
+
+
+def told(news):
+    print(news.state, news.reason, news.late, news.lost, sep="|", flush=True)
+
+
+kept = Journal(Path(sys.argv[1]), 10, 10, told, retry_s=0.05)
+for line in sys.stdin:
+    for _ in range(int(line)):
+        kept.put({"action": "n"})
+print("left", kept.close(1.0), flush=True)
+"""
+
+
+class Writer:
+    """A process that writes, on a disk whose faults are `faults`."""
+
+    def __init__(self, directory: Path, faults: Faults) -> None:
+        self.process = subprocess.Popen(
+            [*faults.starter, sys.executable, "-c", WRITER, str(directory)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+
+    def put(self, count: int = 1) -> None:
+        assert self.process.stdin
+        self.process.stdin.write(f"{count}\n")
+        self.process.stdin.flush()
+
+    def says(self) -> str:
+        assert self.process.stdout
+        return self.process.stdout.readline().strip()
+
+    def end(self) -> str:
+        """What it says last."""
+        assert self.process.stdin
+        self.process.stdin.close()
+        return self.says()
+
+    def kill(self) -> None:
+        self.process.kill()
+        self.process.wait()
+        assert self.process.stdin
+        assert self.process.stdout
+        with contextlib.suppress(BrokenPipeError):
+            self.process.stdin.close()
+        self.process.stdout.close()
+
+
+@pytest.fixture
+def faults(tmp_path: Path) -> Faults:
+    return Faults(tmp_path / "faults")
+
+
+@pytest.fixture
+def writer(directory: Path, faults: Faults) -> Iterator[Writer]:
+    it = Writer(directory, faults)
+    yield it
+    it.kill()
+
+
+def lines_of(directory: Path) -> int:
+    with contextlib.suppress(FileNotFoundError):
+        return (directory / ACTIVE).read_bytes().count(b"\n")
+    return 0
+
+
+@pytest.mark.parametrize(
+    "rule",
+    [
+        Rule("*/audit.jsonl", "write", errno.ENOSPC),
+        Rule("*/audit.jsonl", "sync", errno.EIO),
+        Rule("*.head.json", "open", errno.EACCES),
+    ],
+    ids=["no room", "no sync", "no head"],
+)
+def test_a_disk_that_takes_nothing_is_told_and_the_gap_is_a_record(
+    rule: Rule, directory: Path, faults: Faults, writer: Writer
+) -> None:
+    writer.put(2)
+    wait_until(lambda: lines_of(directory) == 2, "two records")
+    with faults.on(rule) as (met,):
+        writer.put(1)
+        state, reason, *_ = writer.says().split("|")
+        assert (state, reason) == ("failing", os.strerror(rule.error))
+        wait_until(lambda: met.fired > 1, "another try")
+        writer.put(3)
+
+    assert writer.says().split("|")[0] == "writing"
+    assert writer.end() == "left 0"
+    assert verify(directory).problem is None
+    kept = [one for one in actions(directory) if one != "chain.gap"]
+    assert kept == ["n"] * 6
+    assert actions(directory).count("chain.gap") == 1
+
+
+def test_a_part_of_a_record_that_was_written_is_taken_back(
+    directory: Path, faults: Faults, writer: Writer
+) -> None:
+    """Half of it fits on the disk, then nothing does."""
+    writer.put(1)
+    wait_until(lambda: lines_of(directory) == 1, "a record")
+    with faults.on(Rule("*/audit.jsonl", "write", most=1, shortened=True)):
+        met = faults.add(Rule("*/audit.jsonl", "sync", errno.EIO))
+        writer.put(1)
+        assert writer.says().startswith("failing|")
+        wait_until(lambda: met.fired > 1, "another try")
+    assert writer.says().startswith("writing|")
+    assert writer.end() == "left 0"
+
+    assert verify(directory).problem is None
+    assert actions(directory) == ["n", "chain.gap", "n"]
+
+
+def test_what_is_too_much_to_hold_is_counted(
+    directory: Path, faults: Faults, writer: Writer
+) -> None:
+    with faults.on(Rule("*/audit.jsonl", "write", errno.EIO)):
+        writer.put(1)
+        assert writer.says().startswith("failing|")
+        writer.put(audit.MOST_HELD + 10)
+
+    assert writer.says() == f"writing|{os.strerror(errno.EIO)}|{audit.MOST_HELD}|11"
+    assert writer.end() == "left 0"
+    gap = page(directory, 1, 1)[0]
+    assert (gap["action"], gap["index"]) == ("chain.gap", 0)
+    assert (gap["detail"]["late"], gap["detail"]["lost"]) == (audit.MOST_HELD, 11)
+    assert verify(directory).records == audit.MOST_HELD + 1
+
+
+def test_a_disk_that_never_works_delays_the_end_by_seconds_and_says_how_much_is_missing(
+    directory: Path, faults: Faults, writer: Writer
+) -> None:
+    faults.add(Rule("*/audit.jsonl", "open", errno.EROFS))
+    writer.put(3)
+    assert writer.says().startswith("failing|")
+
+    assert writer.end() == "left 3"
+
+
+def test_a_disk_that_hangs_holds_nobody_up(directory: Path, faults: Faults, writer: Writer) -> None:
+    writer.put(1)
+    wait_until(lambda: lines_of(directory) == 1, "a record")
+    with faults.on(Rule("*/audit.jsonl", "sync", delay_s=60)):
+        writer.put(1000)  # returns
+
+        assert writer.end() == f"left {1000}"
+
+
+def test_killed_at_any_moment_the_chain_goes_on(directory: Path, faults: Faults) -> None:
+    """SIGKILL loses at most what was not written yet; verify agrees before and after."""
+    before = 0
+    for _ in range(4):
+        writer = Writer(directory, faults)
+        writer.put(3000)
+        wait_until(lambda: lines_of(directory) > before + 100, "some records")  # noqa: B023
+        writer.kill()
+        verdict = verify(directory)
+        assert verdict.problem is None
+        assert verdict.records > before + 100
+        before = verdict.records
+
+    assert written(directory, 1) == []
+    assert verify(directory).problem is None
+
+
+def test_verify_agrees_while_another_process_writes(directory: Path, faults: Faults) -> None:
+    """Also while files rotate and are removed."""
+    kept = Kept(directory, SMALL, 2)
+    seen = []
+    for number in range(40):
+        kept.write(3, one_by_one=number % 2 == 0)
+        verdict = verify(directory)
+        assert verdict.problem is None, verdict
+        seen.append(verdict.last.index)
+    kept.end()
+
+    assert seen == sorted(seen)
+    assert verify(directory).last.index >= 119
+
+
+def test_a_head_is_written_as_a_whole(directory: Path) -> None:
+    written(directory, 1)
+    text = (directory / HEAD).read_text()
+
+    assert json.loads(text) == {"hash": audit.read_head(directory).hash, "index": 0}
+    assert Link(0, json.loads(text)["hash"]) > START
+    assert sorted(path.name for path in directory.iterdir()) == [ACTIVE, HEAD]

@@ -1,0 +1,530 @@
+"""Alerts on their way: a real webhook on loopback, a real file, and every way in which both fail."""
+
+import asyncio
+import json
+import logging
+import os
+import resource
+import signal
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+from pydantic import SecretStr
+
+from hive.events import (
+    AlertTried,
+    Announcer,
+    Escalated,
+    EscalationResolved,
+    Event,
+    OutboxCounted,
+)
+from hive.settings import Alerts
+from hive.storage.outbox import FILE, OutboxFile
+from hive.telemetry import outbox as module
+from hive.telemetry.outbox import Outbox, alert_name
+from tests.doubles.webhook import Broken, Webhook, webhook
+from tests.patience import awaited, until
+
+BEGAN = "2026-01-31T12:00:00.123456+00:00"
+
+
+def escalated(number: int = 0, level: str = "high", **fields: Any) -> Escalated:
+    about: dict[str, Any] = {
+        "rule": "breaker_open",
+        "level": level,
+        "subject": f"Worker llama-{number}",
+        "operation": "worker",
+        "code": "CIRCUIT_BREAKER_OPEN",
+        "message": f"The breaker of Worker llama-{number} is open.",
+        "recommended_action": "Restart it.",
+        "began_at": BEGAN,
+        "model": "llama",
+        "worker": f"llama-{number}",
+        "context": {"failures": 5},
+    }
+    return Escalated(**(about | fields))
+
+
+def resolved(number: int = 0, level: str = "high") -> EscalationResolved:
+    return EscalationResolved("breaker_open", level, f"Worker llama-{number}", BEGAN, 7.0, 3)
+
+
+class Sending:
+    """An outbox at work, and what it announced."""
+
+    def __init__(self, home: Path, **settings: Any) -> None:
+        self.events: list[Event] = []
+        announcer = Announcer()
+        announcer.listen(self.events.append)
+        fast = {"retry_max_s": 0.02, "timeout_s": 5}
+        self.outbox = Outbox(Alerts(**(fast | settings)), home, announcer)
+
+    def tried(self, outcome: str) -> list[AlertTried]:
+        return [e for e in self.events if isinstance(e, AlertTried) and e.outcome == outcome]
+
+    @property
+    def waiting(self) -> int:
+        """As the metric has it."""
+        return [e for e in self.events if isinstance(e, OutboxCounted)][-1].waiting
+
+    async def queued(self, count: int) -> None:
+        await until(lambda: self.events and self.waiting == count, f"{count} are queued")
+
+
+@asynccontextmanager
+async def sending(home: Path, url: str, **settings: Any) -> AsyncIterator[Sending]:
+    it = Sending(home, webhook_url=url, **settings)
+    async with it.outbox.running():
+        yield it
+
+
+async def taken(hook: Webhook, count: int) -> None:
+    await until(lambda: len(hook.taken) >= count, f"{count} were taken")
+
+
+# ── what is sent ────────────────────────────────────────────────────────────────────────────────
+
+
+@awaited
+async def test_an_escalation_is_sent_as_alertmanager_has_it(tmp_path: Path) -> None:
+    """(R193, R194)"""
+    with webhook() as hook:
+        labels = {"host": "gpu7"}
+        async with sending(tmp_path, hook.url, labels=labels, runbook_url="https://x/y") as it:
+            it.outbox.hear(escalated())
+            it.outbox.hear(resolved())
+            await taken(hook, 2)
+    first, last = hook.deliveries
+
+    assert first.path == "/api/v2/alerts"
+    assert first.headers["content-type"] == "application/json"
+    assert first.headers["idempotency-key"] == first.id != last.id
+    assert first.alert == {
+        "labels": {
+            "host": "gpu7",
+            "alertname": "HiveBreakerOpen",
+            "severity": "high",
+            "rule": "breaker_open",
+            "operation": "worker",
+            "model": "llama",
+            "worker": "llama-0",
+        },
+        "annotations": {
+            "summary": "The breaker of Worker llama-0 is open.",
+            "description": "The breaker of Worker llama-0 is open. (CIRCUIT_BREAKER_OPEN) failures "
+            "5. Restart it.",
+            "recommended_action": "Restart it.",
+            "runbook_url": "https://x/y#hivebreakeropen",
+            "error_code": "CIRCUIT_BREAKER_OPEN",
+            "timestamp": BEGAN,
+        },
+        "startsAt": "2026-01-31T12:00:00.123Z",
+        "endsAt": "2026-03-02T12:00:00.123Z",
+    }
+    same = {key: value for key, value in last.alert.items() if key != "endsAt"}
+    assert same == {key: value for key, value in first.alert.items() if key != "endsAt"}
+    assert last.alert["endsAt"] > first.alert["startsAt"]
+
+
+@awaited
+async def test_only_what_is_bad_enough_is_sent(tmp_path: Path) -> None:
+    with webhook() as hook:
+        async with sending(tmp_path, hook.url, level="critical") as it:
+            for number, level in enumerate(("info", "medium", "high", "critical", "emergency")):
+                it.outbox.hear(escalated(number, level))
+                it.outbox.hear(resolved(number, level))
+            await taken(hook, 4)
+    assert [one.alert["labels"]["severity"] for one in hook.deliveries] == [
+        *("critical", "critical", "emergency", "emergency")
+    ]
+
+
+@awaited
+async def test_without_a_webhook_there_is_neither_file_nor_sender(tmp_path: Path) -> None:
+    it = Sending(tmp_path)
+    async with it.outbox.running():
+        it.outbox.hear(escalated())
+        view = await it.outbox.view()
+    assert list(tmp_path.iterdir()) == []
+    assert (view["enabled"], view["waiting"]) == (False, 0)
+
+
+@awaited
+async def test_the_token_goes_as_a_bearer_and_its_file_is_read_each_time(tmp_path: Path) -> None:
+    secret = tmp_path / "token"
+    secret.write_text("first\n")
+    with webhook(token="first") as hook:
+        async with sending(tmp_path, hook.url, webhook_token_file=secret) as it:
+            it.outbox.hear(escalated(0))
+            await taken(hook, 1)
+            secret.unlink()
+            it.outbox.hear(escalated(1))
+            await until(lambda: it.tried("failed"), "a token that cannot be read is tried again")
+            assert "No such file" in it.tried("failed")[0].why
+            assert str(tmp_path) not in it.tried("failed")[0].why
+            hook.token = "second"
+            secret.write_text("second")
+            await taken(hook, 2)
+    assert [one.headers["authorization"] for one in hook.deliveries] == [
+        *("Bearer first", "Bearer second")
+    ]
+
+
+# ── a webhook that fails ────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize("status", [301, 307, 408, 429, 500, 503])
+@awaited
+async def test_what_may_be_taken_later_is_sent_until_it_is(tmp_path: Path, status: int) -> None:
+    """In its order, and no redirect is followed (R235)."""
+    with webhook(status=status, answer_headers={"Location": "/elsewhere"}) as hook:
+        async with sending(tmp_path, hook.url) as it:
+            for number in range(3):
+                it.outbox.hear(escalated(number))
+            await until(lambda: len(hook.deliveries) >= 3, "it is tried again")
+            assert len({one.id for one in hook.deliveries}) == 1
+            assert {one.path for one in hook.deliveries} == {"/api/v2/alerts"}
+            assert it.waiting == 3
+            hook.status = 200
+            await taken(hook, 3)
+            await it.queued(0)
+    assert [one.alert["labels"]["worker"] for one in hook.taken] == [
+        "llama-0",
+        "llama-1",
+        "llama-2",
+    ]
+    assert it.tried("failed")[0].why == f"HTTP {status}"
+
+
+@pytest.mark.parametrize("status", [400, 404, 422])
+@awaited
+async def test_what_is_refused_for_good_is_dropped(tmp_path: Path, status: int) -> None:
+    with webhook(status=status) as hook:
+        async with sending(tmp_path, hook.url) as it:
+            it.outbox.hear(escalated())
+            await until(lambda: it.tried("dropped"), "it is dropped")
+            (dropped,) = it.tried("dropped")
+            view = await it.outbox.view()
+    assert (dropped.why, dropped.attempts, dropped.waiting) == (f"HTTP {status}", 1, 0)
+    assert [one["state"] for one in view["messages"]] == ["dropped"]
+    assert len(hook.deliveries) == 1
+
+
+@pytest.mark.parametrize("status", [401, 403])
+@awaited
+async def test_refused_credentials_lose_nothing_and_others_are_tried_at_once(
+    tmp_path: Path, status: int
+) -> None:
+    with webhook(status=status) as hook:
+        async with sending(tmp_path, hook.url) as it:
+            it.outbox.hear(escalated())
+            await until(lambda: it.tried("failed"), "it is refused")
+            hook.status = 200
+            it.outbox.apply(
+                it.outbox._settings.model_copy(update={"webhook_token": SecretStr("n")})
+            )
+            await taken(hook, 1)
+    assert it.tried("failed")[0].why == f"HTTP {status}"
+    assert hook.taken[0].headers["authorization"] == "Bearer n"
+
+
+def breaks_off(_number: int) -> None:
+    raise Broken
+
+
+@awaited
+async def test_a_webhook_that_breaks_off_or_is_not_there_is_tried_again(tmp_path: Path) -> None:
+    with webhook(arrived=breaks_off) as hook:
+        async with sending(tmp_path, hook.url) as it:
+            it.outbox.hear(escalated())
+            await until(lambda: len(hook.deliveries) >= 2, "it is tried again")
+            hook.stop()
+            await until(
+                lambda: any("refused" in one.why for one in it.tried("failed")), "nobody listens"
+            )
+            hook.arrived = lambda _number: None
+            hook.start()
+            await taken(hook, 1)
+    assert len(hook.taken) == 1
+    assert len({one.body for one in hook.deliveries}) == 1  # the same bytes each time
+    assert all("127.0.0.1" not in one.why for one in it.tried("failed"))
+
+
+@awaited
+async def test_a_webhook_that_hangs_or_answers_without_end_holds_nobody_up(tmp_path: Path) -> None:
+    async def endless(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.readuntil(b"\r\n\r\n")
+        writer.write(b"HTTP/1.1 200 OK\r\nContent-Length: 99999999999\r\n\r\n" + b"x" * 9000)
+        await reader.read()  # until it is left
+        writer.close()
+
+    async def silent(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.read()
+        writer.close()
+
+    for number, behaves in enumerate((endless, silent)):
+        server = await asyncio.start_server(behaves, "127.0.0.1", 0)
+        url = f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}/"
+        home = tmp_path / str(number)
+        home.mkdir()
+        async with server, sending(home, url, timeout_s=0.1) as it:
+            it.outbox.hear(escalated())
+            if behaves is endless:
+                await until(lambda: it.tried("sent"), "its status was enough")
+            else:
+                await until(lambda: it.tried("failed"), "it is not waited for")
+                assert it.tried("failed")[0].why == "no answer within 0.1 s"
+
+
+@awaited
+async def test_a_pause_grows_and_a_new_alert_ends_it(tmp_path: Path) -> None:
+    """(R235)"""
+    with webhook(status=500) as hook:
+        async with sending(tmp_path, hook.url, retry_max_s=300) as it:
+            it.outbox.hear(escalated(0))
+            await until(lambda: len(hook.deliveries) == 2, "after 1 s", 10)
+            view = await it.outbox.view()
+            assert 1 < view["next_try_seconds"] <= 2.2
+            hook.status = 200
+            it.outbox.hear(escalated(1))
+            await taken(hook, 2)
+    pauses = [it.outbox._policy.delay_s(n, 1.0) for n in (1, 2, 3, 8, 9, 10, 300)]
+    assert pauses == pytest.approx([1.1, 2.2, 4.4, 140.8, 281.6, 330, 330])
+
+
+@awaited
+async def test_what_is_too_old_is_dropped_and_told(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """(R235)"""
+    with webhook(status=500) as hook:
+        async with sending(tmp_path, hook.url, keep_s=0.3) as it:
+            it.outbox.hear(escalated())
+            await until(lambda: it.tried("dropped"), "it is dropped")
+            hook.status = 200
+            it.outbox.hear(escalated(1))
+            await taken(hook, 1)
+    assert hook.taken[0].alert["labels"]["worker"] == "llama-1"
+    assert it.tried("dropped")[0].attempts >= 2
+
+
+@awaited
+async def test_where_too_many_wait_the_oldest_of_the_lowest_level_goes(tmp_path: Path) -> None:
+    with webhook(status=500) as hook:
+        async with sending(tmp_path, hook.url, level="info", max_waiting=3) as it:
+            levels = ("critical", "high", "medium", "medium", "emergency", "info")
+            for number, level in enumerate(levels):
+                it.outbox.hear(escalated(number, level))
+            await until(lambda: len(it.tried("dropped")) == 3, "three are dropped")
+            hook.status = 200
+            await taken(hook, 3)
+    assert [one.subject for one in it.tried("dropped")] == [
+        *("Worker llama-5", "Worker llama-2", "Worker llama-3")
+    ]
+    names = [one.alert["labels"]["worker"] for one in hook.taken]
+    assert sorted(names) == ["llama-0", "llama-1", "llama-4"]
+
+
+# ── another life ────────────────────────────────────────────────────────────────────────────────
+
+
+@awaited
+async def test_what_waited_is_sent_once_by_the_next_life(tmp_path: Path) -> None:
+    """(R235, R249)"""
+    with webhook(status=503) as hook:
+        async with sending(tmp_path, hook.url) as it:
+            it.outbox.hear(escalated(0))
+            it.outbox.hear(escalated(1))
+            it.outbox.hear(resolved(1))
+            await it.queued(3)
+            await until(lambda: it.tried("failed"), "one try")
+        tries = it.tried("failed")[-1].attempts
+        hook.status = 200
+        async with sending(tmp_path, hook.url) as it:
+            await taken(hook, 4)
+            assert it.tried("sent")[0].attempts > tries
+        async with sending(tmp_path, hook.url) as it:
+            await it.queued(0)
+    sent = [
+        (one.alert["labels"]["worker"], one.alert["annotations"].get("resolved"))
+        for one in hook.taken
+    ]
+
+    # What the first life told of llama-0 is over: the second one looks anew.
+    assert [name for name, _ in sent] == ["llama-0", "llama-1", "llama-1", "llama-0"]
+    assert sent[3][1] == "hive was started anew, and looks anew"
+    assert len({one.id for one in hook.taken}) == 4
+
+
+@awaited
+async def test_what_is_so_again_at_the_start_is_not_ended(tmp_path: Path) -> None:
+    with webhook() as hook:
+        async with sending(tmp_path, hook.url) as it:
+            it.outbox.hear(escalated(0))
+            await taken(hook, 1)
+        again = Sending(tmp_path, webhook_url=hook.url, retry_max_s=0.02)
+        again.outbox.hear(escalated(0))  # a leak that was found before the outbox ran
+        async with again.outbox.running():
+            await taken(hook, 2)
+            again.outbox.hear(resolved(0))
+            await taken(hook, 3)
+    assert len(hook.taken) == 3
+
+
+# ── the disk ────────────────────────────────────────────────────────────────────────────────────
+
+
+@awaited
+async def test_a_message_is_on_disk_before_it_is_sent(tmp_path: Path) -> None:
+    found: list[list[str]] = []
+
+    def looks(_number: int) -> None:
+        file = OutboxFile(tmp_path)
+        try:
+            found.append([one.delivery for one in file.read().waiting])
+        finally:
+            file.close()
+
+    with webhook(arrived=looks) as hook:
+        async with sending(tmp_path, hook.url) as it:
+            for number in range(5):
+                it.outbox.hear(escalated(number))
+                await taken(hook, number + 1)
+            await it.queued(0)
+    assert [one.id in there for one, there in zip(hook.deliveries, found, strict=True)] == [
+        True
+    ] * 5
+
+
+@asynccontextmanager
+async def full_disk() -> AsyncIterator[Callable[[], None]]:
+    """No file of this process can grow while the block runs, or until what it yields is called."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+
+    def works_again() -> None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+    resource.setrlimit(resource.RLIMIT_FSIZE, (0, before[1]))
+    try:
+        yield works_again
+    finally:
+        works_again()
+        signal.signal(signal.SIGXFSZ, handler)
+
+
+@awaited
+async def test_a_full_disk_is_told_once_and_alerts_are_sent_all_the_same(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "AGAIN_S", 0.05)
+    with webhook() as hook:
+        async with sending(tmp_path, hook.url) as it:
+            await it.queued(0)
+            async with full_disk() as works_again:
+                it.outbox.hear(escalated(0))
+                it.outbox.hear(escalated(1))
+                await taken(hook, 2)
+                view = await it.outbox.view()
+                assert view["disk_error"]
+                errors = [r for r in caplog.records if r.levelno == logging.ERROR]
+                assert len(errors) == 1
+                assert "cannot be written" in errors[0].message
+                works_again()
+                await until(lambda: not it.outbox._is_unsaved, "it is on disk again")
+            view = await it.outbox.view()
+    assert view["disk_error"] == ""
+    assert [one["state"] for one in view["messages"]] == ["sent", "sent"]
+    assert len(hook.deliveries) == 2
+
+
+@awaited
+async def test_a_file_that_breaks_or_cannot_be_had_keeps_nothing_from_being_sent(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "AGAIN_S", 0.05)
+    (tmp_path / FILE).mkdir()
+    with webhook() as hook:
+        async with sending(tmp_path, hook.url) as it:
+            it.outbox.hear(escalated(0))
+            await taken(hook, 1)
+            (tmp_path / FILE).rmdir()
+            await until(lambda: not it.outbox._is_unsaved, "it is on disk")
+            assert it.outbox._file.path.stat().st_mode & 0o777 == 0o600
+
+
+@awaited
+async def test_a_damaged_file_is_set_aside(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / FILE).write_bytes(b"this is no database" * 200)
+    with webhook() as hook:
+        async with sending(tmp_path, hook.url) as it:
+            it.outbox.hear(escalated(0))
+            await taken(hook, 1)
+    assert len(list(tmp_path.glob(f"{FILE}.damaged-*"))) == 1
+    assert "set" not in caplog.text or f"{FILE}.damaged-" in caplog.text
+
+
+@awaited
+async def test_a_disk_that_hangs_keeps_neither_alerts_nor_the_end_waiting(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The file is a pipe that nobody reads: to open it takes for ever."""
+    monkeypatch.setattr(module, "SAVE_S", 0.05)
+    monkeypatch.setattr(module, "END_S", 0.2)
+    os.mkfifo(tmp_path / "hangs")
+    with webhook() as hook:
+        it = Sending(tmp_path, webhook_url=hook.url)
+        monkeypatch.setattr(it.outbox._file, "read", (tmp_path / "hangs").read_text)
+        async with it.outbox.running():
+            it.outbox.hear(escalated(0))
+            await taken(hook, 1)
+            assert (await it.outbox.view())["disk_error"] == "it does not answer"
+        await asyncio.to_thread((tmp_path / "hangs").write_text, "")  # let the thread go
+
+
+@awaited
+async def test_hive_s_end_lets_go_out_what_was_just_heard(tmp_path: Path) -> None:
+    with webhook() as hook:
+        async with sending(tmp_path, hook.url) as it:
+            it.outbox.hear(escalated(0, "emergency"))
+    assert len(hook.taken) == 1
+
+
+@awaited
+async def test_what_nobody_foresaw_ends_neither_the_outbox_nor_hive(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(module, "AGAIN_S", 0.05)
+    with webhook() as hook:
+        async with sending(tmp_path, hook.url) as it:
+            it.outbox.hear(escalated(0, context={"odd": object()}, began_at="no time at all"))
+            it.outbox.hear(escalated(1))
+            await taken(hook, 1)
+    assert "nobody foresaw" in caplog.text
+    assert hook.taken[0].alert["labels"]["worker"] == "llama-1"
+
+
+@awaited
+async def test_the_view_shows_no_secret(tmp_path: Path) -> None:
+    """(R249)"""
+    with webhook(status=500) as hook:
+        async with sending(tmp_path, hook.url, webhook_token="hush-hush") as it:
+            it.outbox.hear(escalated())
+            await until(lambda: it.tried("failed"), "a try")
+            view = await it.outbox.view()
+    text = json.dumps(view)
+    assert view["last_error"] == "HTTP 500"
+    assert view["waiting"] == 1
+    assert view["messages"][0]["attempts"] >= 1
+    assert "hush" not in text
+    assert "127.0.0.1" not in text
+
+
+def test_alert_names_are_those_of_prometheus() -> None:
+    assert alert_name("breaker_open") == "HiveBreakerOpen"
