@@ -144,10 +144,14 @@ def _killed(told: Remembered) -> None:
     told.hive.start(is_shared=True, within_s=START_S)
 
 
-@when("hive is killed in the middle of another freeze, and started again without waiting")
-def _killed_and_not_waited_for(told: Remembered) -> None:
+@when(
+    "hive is killed in the middle of another freeze, and started again with loads that fail, now and "
+    "then"
+)
+def _killed_and_faulty(told: Remembered) -> None:
     _cut_off(told)
-    told.hive.start(is_ready=False, is_shared=True, within_s=START_S)
+    (told.hive.state / faulty_lmcache.FILE).write_text("0.3")
+    told.hive.start(is_shared=True, within_s=START_S)
 
 
 def _cut_off(told: Remembered) -> None:
@@ -282,16 +286,6 @@ def _later(told: Remembered) -> None:
     thawed, answer = _thawed(told.hive, "later")
     assert _cached(answer) == thawed["receipt"]["usable_tokens"]
     assert thawed["receipt"]["usable_tokens"] == frozen.json["blocks"] * CHUNK
-
-
-@when("LMCache comes back with loads that fail, now and then")
-def _faulty(told: Remembered) -> None:
-    hive = told.hive
-    told.starts = hive.worker("lmcache")["starts"], hive.worker()["starts"]
-    (hive.state / faulty_lmcache.FILE).write_text("0.3")
-    for process in hive.tree("lmcache")[1:]:
-        os.kill(process.pid, signal.SIGKILL)
-    _back(told)
 
 
 @then("the tokens are the same, and the engine's count tells what the cache did not give")

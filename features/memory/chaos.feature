@@ -111,6 +111,7 @@ Feature: The disk fails
         | renames | the window's folder    |
         | syncs   | the windows' directory |
 
+    @R031
     Scenario Outline: The disk is full: <calls> of <place>
       Given hive is serving a model with windows, on a disk that may fail
       And a session in which something was answered

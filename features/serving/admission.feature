@@ -10,7 +10,7 @@ Feature: Admission
 
   Rule: Who finds no slot and no place is refused at once
 
-    @R054 @R055 @R056 @R057 @R058 @R059 @R040 @R043
+    @R054 @R055 @R056 @R057 @R058 @R059 @R040 @R043 @R031
     Scenario: Slots and waiting room are full
       Given hive is serving
       And 2 chats are streaming

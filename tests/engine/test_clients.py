@@ -215,18 +215,31 @@ def engine_socket(hive: Hive) -> Path:
 def test_hives_answer_is_the_engines_byte_for_byte(
     real_hive: Hive, path: str, extra: dict[str, Any]
 ) -> None:
-    """Status, type and every byte of the body; only the second of creation may differ."""
+    """Status, type and every byte of the body; only the second of creation may differ.
+
+    A busy vLLM tells two tokens in one event of a stream: where they are cut is no part of it.
+    """
     body = {"model": "m", "max_tokens": 24, "temperature": 0, **extra}
     direct = exchange(engine_socket(real_hive), path, body, request_id="same-id")
     through = exchange(("127.0.0.1", real_hive.port), path, body, request_id="same-id")
     assert through.status == direct.status
     assert through.content_type == direct.content_type
-    assert _without_time(through.body) == _without_time(direct.body)
+    assert _comparable(through.body) == _comparable(direct.body)
     assert len(through.body) > 20
 
 
-def _without_time(body: bytes) -> bytes:
-    return re.sub(rb'"created":\d+', b'"created":0', body)
+TEXT = re.compile(rb'("(?:text|content)":")((?:[^"\\]|\\.)*)"')
+
+
+def _comparable(body: bytes) -> list[tuple[bytes, bytes]]:
+    """Its events (of a whole answer: one), each without its text, and the text of those alike."""
+    found: list[tuple[bytes, bytes]] = []
+    for event in re.sub(rb'"created":\d+', b'"created":0', body).split(b"\n\n"):
+        rest, text = TEXT.sub(rb'\1"', event), b"".join(said for _, said in TEXT.findall(event))
+        if found and found[-1][0] == rest:
+            text = found.pop()[1] + text
+        found.append((rest, text))
+    return found
 
 
 def test_a_client_that_leaves_frees_the_engines_slot(real_hive: Hive) -> None:
