@@ -167,7 +167,7 @@ loads and stops that begin from then on, running ones go on with what they began
 invalid, or another key was changed too, nothing changes at all: hive goes on with the settings that it
 has, and the answer, the log and the [audit log](audit.md) name every key in the way (RELOAD_REFUSED,
 CONFIG_INVALID). A key of `[[auth.keys]]` that is added, changed or taken away counts from the next request
-on. `timeouts.load_s` and `timeouts.kill_s` count from an engine's next start, `windows.session_idle_s` from
+on; streams of events and logs end with their key. `timeouts.load_s` and `timeouts.kill_s` count from an engine's next start, `windows.session_idle_s` from
 the next look. Environment and flags are those that hive was started with: they win over the file, so what
 they set cannot be reloaded.
 
@@ -350,7 +350,7 @@ HTTP = """
 ## Endpoints
 
 With a key configured, every request needs one: `Authorization: Bearer KEY` or `X-Api-Key: KEY`. The
-scope is what that key must have; "any" means any key.
+scope is what that key must have; "any" means any key, but sessions, windows and backups need inference or admin.
 """
 HTTP_REST = """
 `/v1/load_lora_adapter` and `/v1/unload_lora_adapter` need the scope admin. What is passed through is
@@ -612,8 +612,8 @@ labels = { host = "gpu7" }                           # tells one hive's alerts f
 A message is one POST of a list with one alert, as Alertmanager's API v2 has it: `labels` (alertname, severity,
 rule, operation and, where they apply, model, worker, device, kind, and your own), `annotations` (summary,
 description, recommended_action, runbook_url, error_code, timestamp), `startsAt`, `endsAt`. When it is over the
-same alert is sent with the `endsAt` of that moment. `endsAt` of one that is open lies 30 days ahead: Alertmanager
-would take it for resolved after 5 minutes otherwise. It holds no prompt, key, salt, path or host.
+same alert is sent with the `endsAt` of that moment; a message without `endsAt` says that it is so. It holds no
+prompt, key, salt, path or host.
 
 - **Nothing is lost from the moment it is queued**, that is, on disk (`STATE/outbox.db`): a webhook that is down, a
   SIGKILL of hive at any moment. Messages go in order, one at a time, each until it was taken: after 1 s, 2 s, 4 s …
@@ -623,13 +623,24 @@ would take it for resolved after 5 minutes otherwise. It holds no prompt, key, s
 - **Once.** `Idempotency-Key` and `X-Hive-Delivery` are the message's id. The row is marked after the answer. Only if
   hive is killed between the two is the message sent again: the same bytes, under the same id. Alertmanager takes
   that for the one alert that it is.
+- **What is open is told again** every 2 minutes, as Alertmanager wants it: it has alerts in memory only, and ends by itself
+  what nobody repeats (an `endsAt` 10 minutes ahead says so). A repeat is one POST of all open alerts, with the header
+  `X-Hive-Repeat: true` and neither `Idempotency-Key` nor `X-Hive-Delivery`: it is no message, is not queued or counted, and a
+  webhook that wants each thing once leaves out what has that header. What a message is still on its way about is not repeated,
+  and while messages wait for a webhook that fails nothing is. `resolve_timeout` of Alertmanager must not be below 2 minutes
+  (its default is 5).
+- **When hive ends** what is still open is repeated once more with an `endsAt` 30 days ahead: that nobody looks is no end of
+  it. After a SIGKILL, or where the webhook fails at that moment, Alertmanager ends it 5 to 10 minutes later by itself,
+  and only Prometheus knows that hive is gone.
 - **What the webhook's answers mean.** 2xx: taken. Any other 4xx than 401, 403, 408 and 429: dropped with an ERROR. 401 and
-  403 escalate as `credentials_refused` (in the log and in `hive alerts`; a webhook that refuses hive cannot be told), and
+  403 escalate as `credentials_refused` of the webhook (in the log and in `hive alerts`; a webhook that refuses hive cannot be
+  told of itself, but is of a catalogue that does), and
   what waits is kept until they are corrected, by `hive reload` or in the token's file. Everything else, a redirect, too (none is followed): tried again.
 - **A disk that is full or hangs** is told once, keeps nothing else of hive waiting and is tried again every 5 s;
-  alerts are sent from memory meanwhile. A damaged file is set aside and kept, with an ERROR.
-- **After a start** what an earlier life of hive had told and not ended is sent as over: this life looks anew, and
-  tells what is still so.
+  alerts are sent from memory meanwhile, and lost if hive ends before they were. A damaged file is set aside and kept, with an ERROR.
+- **A start** sends what waited before it looks at devices, engines and models. Once all of that is well and hive listens, what
+  an earlier life had told and not ended is sent as over: this life looks anew, and tells what is still so. A hive that
+  cannot start tells no end of anything. An end that was dropped is sent by the next start.
 - Without `webhook_url` nothing is written or sent; what waited stays in the file until there is one again.
 """
 

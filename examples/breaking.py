@@ -98,6 +98,7 @@ class Night:
 
     def log(self) -> None:
         """What was logged as a warning or worse since the last look."""
+        must(lambda: any(one.get("level") in LOUD for one in self.hive.log[self.seen :]), 5, "news")
         lines = [line for line in self.hive.log[self.seen :] if line.get("level") in LOUD]
         self.seen = len(self.hive.log)
         short = [
@@ -185,7 +186,7 @@ def all_is_well(night: Night) -> None:
     night.run("status")
     night.run("worker list")
     night.run("alerts")
-    night.log()
+    night.seen = len(night.hive.log)
 
 
 def killed(night: Night) -> None:
@@ -218,9 +219,7 @@ def hung(night: Night) -> None:
     night.curl({**CHAT, "model": "other"})
     must(lambda: hive.worker("other-0")["starts"] > 1, 30, "a new engine")
     hive.wait_state("READY", "other-0")
-    night.note(
-        "The abort was not confirmed and nothing moved, so hive ended the whole tree and started another:"
-    )
+    night.note("Nothing moved any more, so hive ended the whole tree and started another:")
     night.log()
     night.run("explain WORKER_HUNG")
     night.metrics("hive_timeouts_total", "hive_worker_exits_total", "hive_cancellations_total")

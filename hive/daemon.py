@@ -75,50 +75,67 @@ async def serve_supervised(
         guard.become_subreaper()
         ledger = Ledger(settings.server.state_dir / "ledger", announcer.announce)
         driver = nvml.Driver(settings.server.driver_call_s)
-        resolved = await unless(stop_asked.first, prepared(settings, ledger, driver))
-        if resolved is None:  # stopped before anything was started
-            announcer.announce(DaemonMoved("stopped"))
-            return
-        devices = Devices(driver, resolved, announcer)
-        groups = await asyncio.to_thread(cgroup.find)
-        fleet = Fleet(settings, devices, ledger, announcer, groups)
-        metrics = Metrics(
-            ((worker.id, worker.model) for worker in fleet.everyone()),
-            (watched.device.id for watched in devices.watched.values()),
-            fleet.doors,
-        )
-        announcer.listen(metrics.hear)
-        scrape = Scrape(metrics, lambda: answering(fleet.everyone()))
-        reloader = Reloader(settings, reread, announcer)
-        reloader.tells(*applies)
-        if inherited is not None:
-            reloader.asks(partial(systemd.must_be_guarded, inherited))
-        async with alerts.running(), windows_kept(settings, fleet, announcer) as kept:
-            drain = partial(stop_asked.ask, "drain")
-            apis = (AuditApi(settings.server.state_dir / DIRECTORY), ReloadApi(reloader.reload))
-            gateway = Gateway(
-                settings, fleet, devices, ledger, announcer, scrape.text, drain, alerts, kept, apis
+        # What the start itself finds is told, too, and what an earlier life could not send.
+        async with alerts.running():
+            resolved = await unless(stop_asked.first, prepared(settings, ledger, driver))
+            if resolved is None:  # stopped before anything was started
+                announcer.announce(DaemonMoved("stopped"))
+                return
+            devices = Devices(driver, resolved, announcer)
+            groups = await asyncio.to_thread(cgroup.find)
+            fleet = Fleet(settings, devices, ledger, announcer, groups)
+            metrics = Metrics(
+                ((worker.id, worker.model) for worker in fleet.everyone()),
+                (watched.device.id for watched in devices.watched.values()),
+                fleet.doors,
             )
-            async with (
-                metrics.measuring_lag(),
-                rechecking(ledger),
-                listening(
-                    gateway.app, settings, announcer, inherited, most_connections, gateway.entrance
-                ) as apply_to_connections,
-                fleet.running(),
-                devices.watching(),
-                reloading(reloader, stop_asked.reload),
-            ):
-                reloader.tells(fleet.apply, gateway.apply, apply_to_connections)
-                if kept is not None:
-                    reloader.tells(kept.apply)
-                await fleet.start()
-                spare_collections()
-                await until_the_end(stop_asked, fleet)
-                reloader.close()
-                announcer.announce(stopping(fleet, stop_asked))
-                await stop_serving(gateway, fleet, stop_asked, reloader.settings.server.drain_s)
-        await ledger.close()
+            announcer.listen(metrics.hear)
+            scrape = Scrape(metrics, lambda: answering(fleet.everyone()))
+            reloader = Reloader(settings, reread, announcer)
+            reloader.tells(*applies)
+            if inherited is not None:
+                reloader.asks(partial(systemd.must_be_guarded, inherited))
+            async with windows_kept(settings, fleet, announcer) as kept:
+                drain = partial(stop_asked.ask, "drain")
+                apis = (AuditApi(settings.server.state_dir / DIRECTORY), ReloadApi(reloader.reload))
+                gateway = Gateway(
+                    settings,
+                    fleet,
+                    devices,
+                    ledger,
+                    announcer,
+                    scrape.text,
+                    drain,
+                    alerts,
+                    kept,
+                    apis,
+                )
+                async with (
+                    metrics.measuring_lag(),
+                    rechecking(ledger),
+                    listening(
+                        gateway.app,
+                        settings,
+                        announcer,
+                        inherited,
+                        most_connections,
+                        gateway.entrance,
+                    ) as apply_to_connections,
+                    fleet.running(),
+                    devices.watching(),
+                    reloading(reloader, stop_asked.reload),
+                ):
+                    reloader.tells(fleet.apply, gateway.apply, apply_to_connections)
+                    if kept is not None:
+                        reloader.tells(kept.apply)
+                    alerts.look_anew()  # not before: a start that fails has found nothing over
+                    await fleet.start()
+                    spare_collections()
+                    await until_the_end(stop_asked, fleet)
+                    reloader.close()
+                    announcer.announce(stopping(fleet, stop_asked))
+                    await stop_serving(gateway, fleet, stop_asked, reloader.settings.server.drain_s)
+            await ledger.close()
         driver.close()
         announcer.announce(DaemonMoved("stopped"))
         be_deaf()

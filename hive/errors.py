@@ -162,7 +162,10 @@ class Unauthorized(HiveError):
     code, status = "UNAUTHORIZED", 401
     family, kind = Family.SECURITY, "authentication_error"
     summary = "Authentication required"
-    action = "Send 'Authorization: Bearer KEY' (or X-Api-Key) with a key made by 'hive key new'."
+    action = (
+        "Send 'Authorization: Bearer KEY' (or X-Api-Key; at the command line --api-key or "
+        "HIVE_API_KEY) with a key made by 'hive key new'."
+    )
 
 
 class InvalidCredentials(Unauthorized):
@@ -176,7 +179,7 @@ class Forbidden(HiveError):
     family, kind = Family.SECURITY, "permission_error"
     shows = frozenset({"required_scope"})
     summary = "Access denied"
-    action = "Use a key that has the scope named in the details."
+    action = "Use a key that has the scope that is named; 'hive key list' shows each key's."
 
 
 class AccessDenied(Forbidden):
@@ -547,7 +550,7 @@ class StorageCorrupted(HiveError):
     code, number, status = "STORAGE_CORRUPTED", "CWM-4004", 500
     family = Family.STORAGE
     summary = "Context data failed its integrity check."
-    action = "Delete and re-freeze the window; 'hive window repair' recovers what it can."
+    action = "Delete and re-freeze the window; 'hive window repair NAME --attempt-recovery' recovers what it can."
 
 
 class StorageQuotaExceeded(HiveError):

@@ -40,6 +40,7 @@ class Reloader:
         self._parts: list[Apply] = []
         self._judges: list[Apply] = []
         self._turn = asyncio.Lock()
+        self._reading: asyncio.Timeout | None = None
         self._is_closed = False
 
     def tells(self, *parts: Apply) -> None:
@@ -51,14 +52,16 @@ class Reloader:
         self._judges += judges
 
     def close(self) -> None:
-        """hive is stopping: nothing changes any more."""
+        """hive is stopping: nothing changes any more, and nothing is waited for."""
         self._is_closed = True
+        if self._reading is not None and not self._reading.expired():
+            self._reading.reschedule(asyncio.get_running_loop().time())
 
     async def reload(self, by: str) -> list[str]:
         """Read the settings again and put them in force; the names of what is different now.
 
         Raises ConfigInvalid, ReloadRefused that names what needs a restart, Conflict while hive
-        stops; then nothing has changed.
+        stops; then nothing has changed. Raises InternalError, which says whether anything has.
         """
         async with self._turn:
             self._announcer.announce(ReloadBegan(by))
@@ -76,6 +79,10 @@ class Reloader:
             except asyncio.CancelledError:
                 error = RequestCancelled("Who asked for the reload left; nothing has changed.")
                 raise
+            except Exception as exc:  # the boundary: hive goes on with what it has (C19)
+                log.exception("the reload failed")
+                error = InternalError("The reload failed; hive's log says why.")
+                raise error from exc
             finally:
                 self._announcer.announce(_ended(by, changed, error))
         return changed
@@ -90,11 +97,12 @@ class Reloader:
 
     async def _read(self) -> Settings:
         try:
-            async with asyncio.timeout(READ_S):
+            async with asyncio.timeout(READ_S) as self._reading:
                 return await in_its_own_thread(self._reread)
         except HiveError:
             raise
         except TimeoutError as exc:
+            self._must_be_open()
             raise ConfigInvalid(
                 f"The configuration file could not be read within {READ_S:g} s.",
                 action="Look at the disk that it is on, then reload again.",
@@ -104,6 +112,8 @@ class Reloader:
             raise InternalError(
                 "The configuration could not be read; hive's log says why."
             ) from exc
+        finally:
+            self._reading = None
 
     def _changed(self, new: Settings) -> list[str]:
         """The names of what is different. Raises ReloadRefused, ConfigInvalid."""
@@ -124,15 +134,32 @@ class Reloader:
                 part(new)
         except Exception as exc:  # what nobody foresaw: nothing half applied (C19)
             log.exception("new settings could not be applied; the old ones stay")
-            for part in told:
-                part(old)
-            raise InternalError(
-                "The new settings could not be applied; the old ones stay."
-            ) from exc
+            raise _not_applied(_took_back(told, old)) from exc
         self.settings = new
 
     def __repr__(self) -> str:
         return f"<Reloader {len(self._parts)} parts>"
+
+
+def _took_back(told: list[Apply], old: Settings) -> bool:
+    """Whether every part that was told has the old settings again; each gets its chance."""
+    is_whole = True
+    for part in told:
+        try:
+            part(old)
+        except Exception:
+            is_whole = False
+            log.exception("%r could not go back to the old settings", part)
+    return is_whole
+
+
+def _not_applied(is_whole: bool) -> InternalError:
+    if is_whole:
+        return InternalError("The new settings could not be applied; the old ones stay.")
+    return InternalError(
+        "The new settings could not be applied, and a part of hive did not take the old ones again.",
+        action="Restart hive: settings are half applied. Its log names the part and says why.",
+    )
 
 
 def _refused(fixed: list[Change]) -> ReloadRefused:

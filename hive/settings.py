@@ -41,6 +41,7 @@ from pydantic_settings import (
 from hive.errors import ConfigInvalid
 
 DEFAULT_FILES = (Path("hive.toml"), Path("/etc/hive/hive.toml"))
+FILE_BYTES = 2**20  # of a configuration: one of a thousand models has a fifth of it
 SOCKET_PATH_BYTES = 107  # sun_path less the closing NUL
 PATH_BYTES, NAME_BYTES = 4095, 255  # the kernel's limits of a path, and of each part of it
 NAME = re.compile(r"[A-Za-z0-9](?:[A-Za-z0-9._-]{0,62}[A-Za-z0-9])?\Z")
@@ -582,7 +583,10 @@ class Model(Section):
         None, description="What must succeed before READY; vllm chooses it from the model's task."
     )
     running: Literal["vllm", "none"] | None = Field(
-        None, description="Whether the engine publishes vLLM's gauges."
+        None,
+        description='"vllm": the engine publishes vLLM\'s gauges, by which hive sees its progress and '
+        'that an abort took effect; "none": it does not, is judged by its processes alone, and is '
+        "never ended for what a client gave up. Default: vllm for vllm, none for command.",
     )
     timeouts: TimeoutOverrides = Field(
         default_factory=TimeoutOverrides, description="Limits of this model, instead of [timeouts]."
@@ -867,7 +871,13 @@ def text_of(path: Path) -> str:
     """What a configuration file says. Raises ConfigInvalid."""
     try:
         with open_regular(path) as file:
-            return file.read().decode()
+            text = file.read(FILE_BYTES + 1)
+            if len(text) > FILE_BYTES:  # a reload of it would hold up everything else for seconds
+                raise ConfigInvalid(
+                    f"{path}: has more than {FILE_BYTES >> 20} MiB.",
+                    action="Name hive's configuration with --config FILE.",
+                )
+            return text.decode()
     except UnicodeDecodeError as exc:
         raise ConfigInvalid(
             f"{path}: is not UTF-8 (byte {exc.start}).", action="Save the file as UTF-8."

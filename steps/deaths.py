@@ -6,16 +6,14 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import openai
 import pytest
 from pytest_bdd import given, parsers, then, when
 
-from hive.workers import guard
-from steps import leaks, real
 from steps.driver import Hive
+from steps.starts import Start
 from steps.waiting import must
 
 SAY: Any = [{"role": "user", "content": "hello"}]
@@ -57,15 +55,6 @@ class Reader:
         return None
 
 
-@dataclass
-class OldEngine:
-    """What a worker's engine consisted of before its death."""
-
-    processes: list[guard.Process]
-    shm: set[str]
-    home: Path
-
-
 def _stream(reader: Reader) -> None:
     with openai.OpenAI(base_url=f"{reader.hive.url}/v1", api_key="x", max_retries=0) as client:
         for _ in client.chat.completions.create(
@@ -104,17 +93,13 @@ def killed_at() -> list[float]:
 
 
 @when(parsers.parse("the engine's {victim} is killed"), target_fixture="old_engine")
-def _kill(served: Hive, victim: str, killed_at: list[float]) -> OldEngine:
-    worker = served.worker()
-    processes = served.tree()
-    (home,) = (served.runtime / "w").iterdir()
-    shm = {name for p in processes for name in leaks.shm_of(p.pid)}
-    shm |= real.semaphores()
-    core = next(p.pid for p in processes if p.name.startswith("VLLM::EngineCor"))
+def _kill(served: Hive, victim: str, killed_at: list[float]) -> Start:
+    worker, old = served.worker(), Start.of(served)
+    core = next(p.pid for p in served.tree() if p.name.startswith("VLLM::EngineCor"))
     pid = {"API server": worker["pid"], "EngineCore": core, "guard": worker["guard_pid"]}[victim]
     killed_at.append(time.monotonic())
     os.kill(pid, signal.SIGKILL)
-    return OldEngine(processes, shm, home)
+    return old
 
 
 @then(parsers.parse('each client has a proper exception "{code}" within {seconds:g} seconds'))
@@ -138,10 +123,5 @@ def _heals(served: Hive) -> None:
 
 
 @then("no process, socket or shared memory of the old engine remains")
-def _nothing(old_engine: OldEngine) -> None:
-    alive = [
-        p for p in old_engine.processes if (now := guard.look_at(p.pid)) and now.start == p.start
-    ]
-    assert alive == []
-    assert not old_engine.home.exists()
-    assert old_engine.shm & set(os.listdir(guard.SHM)) == set()
+def _nothing(old_engine: Start) -> None:
+    assert old_engine.left() == []

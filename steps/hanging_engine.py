@@ -12,10 +12,10 @@ from typing import Any
 import pytest
 from pytest_bdd import given, parsers, then, when
 
-from steps import leaks
-from steps.deaths import ENDLESS, LONG, SAY, OldEngine, Reader
+from steps.deaths import ENDLESS, LONG, SAY, Reader
 from steps.driver import Answer, Hive, Stream
 from steps.real import START_S
+from steps.starts import Start
 from steps.waiting import must
 
 CHAT = "/v1/chat/completions"
@@ -135,20 +135,18 @@ def stopped_at() -> list[float]:
 
 
 @when("EngineCore is stopped, and one more client leaves", target_fixture="old_engine")
-def _stopped(served: Hive, stopped_at: list[float]) -> OldEngine:
+def _stopped(served: Hive, stopped_at: list[float]) -> Start:
     """A third one leaves, too: what the engine has begun it does not end any more."""
     leaver = _begin(served, LONG)
     leaver.wait_for_events(3, 60)
-    processes = served.tree()
-    (home,) = (served.runtime / "w").iterdir()
-    shm = {name for p in processes for name in leaks.shm_of(p.pid)}
+    old, processes = Start.of(served), served.tree()
     core = next(p.pid for p in processes if p.name.startswith("VLLM::EngineCor"))
     for process in processes:
         if process.pid == core or process.name.startswith("VLLM::Worker"):
             os.kill(process.pid, signal.SIGSTOP)
     stopped_at.append(time.monotonic())
     leaver.leave()
-    return OldEngine(processes, shm, home)
+    return old
 
 
 @then(parsers.parse("the others are told {code} within {seconds:g} seconds"))

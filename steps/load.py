@@ -348,7 +348,7 @@ def uncaught(hive: Hive) -> list[str]:
     return [
         line
         for line in hive.log_text.splitlines()
-        if '"exception":' in line or '"critical"' in line or not line.startswith("{")
+        if '"exception":' in line or '"level": "critical"' in line or not line.startswith("{")
     ]
 
 

@@ -1,27 +1,23 @@
 """The real vLLM loses its processes to SIGKILL, each in turn, at moments that chance chooses.
 
-Once in every test run, REAL_KILLS_ROUNDS (20) times under `--soak`, each about half a minute.
-REAL_KILLS_SEED repeats whom it hits, what goes on then, and how far that has come.
+REAL_KILLS_ROUNDS (20) times under `--soak`, each about half a minute; in every test run
+features/resilience/engine_death.feature kills each once. REAL_KILLS_SEED repeats whom it hits, what
+goes on then, and how far that has come.
 """
 
-import contextlib
-import json
 import os
 import random
-import re
 import signal
 import time
-from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import pytest
 
 from hive.workers import guard
 from hive.workers.vllm import VITAL
-from steps import leaks, real
 from steps.driver import Hive, Stream
 from steps.real import START_S
+from steps.starts import Start
 from steps.waiting import must, until
 
 SEED = int(os.environ.get("REAL_KILLS_SEED", "0")) or random.SystemRandom().randrange(1, 10**6)
@@ -35,10 +31,13 @@ GUARD, LEADER, TRACKER = "guard", "API server", "resource tracker"
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """One round, or many, with a limit to suit."""
-    rounds = ROUNDS if metafunc.config.getoption("soak") else 1
-    limit = pytest.mark.timeout(START_S + rounds * ROUND_S)
-    metafunc.parametrize("rounds", [pytest.param(rounds, marks=limit)])
+    """A limit to suit the rounds; none without `--soak`."""
+    is_soak = metafunc.config.getoption("soak")
+    marks = [
+        pytest.mark.timeout(START_S + ROUNDS * ROUND_S),
+        pytest.mark.skipif(not is_soak, reason="many times over: make soak"),
+    ]
+    metafunc.parametrize("rounds", [pytest.param(ROUNDS, marks=marks)])
 
 
 @pytest.mark.engine
@@ -135,7 +134,7 @@ class Round:
             _must_answer(self.hive)
         assert all(client.ended_at is None for client in clients)
 
-    def _must_be_back(self, old: "Start") -> None:
+    def _must_be_back(self, old: Start) -> None:
         """The next start serves, and is all that there is."""
         hive = self.hive
         must(lambda: hive.worker()["starts"] > old.number, 20, "the next start")
@@ -149,51 +148,6 @@ class Round:
         pages = {path.name for path in (hive.state / "ledger").iterdir()}
         assert pages == {f"{new.mark}.json", f"{new.mark}.tree.json"}
         assert old.left() == []
-
-
-@dataclass(frozen=True)
-class Start:
-    """All that one start of the engine consists of."""
-
-    number: int
-    mark: str
-    home: Path
-    group: Path | None
-    processes: frozenset[tuple[int, int]]  # pid, start
-    sockets: frozenset[int]  # inodes
-    shared_memory: frozenset[str]
-
-    @classmethod
-    def of(cls, hive: Hive) -> "Start":
-        worker, tree = hive.worker(), hive.tree()
-        mapped = {name for process in tree for name in leaks.shm_of(process.pid)}
-        must(lambda: all(name in hive.records for name in mapped), 5, "the guard's record")
-        record = json.loads(hive.records)
-        (home,) = (hive.runtime / "w").iterdir()
-        # No other real engine runs yet, so these are its own (the name of this file).
-        nameless = real.semaphores()
-        return cls(
-            number=worker["starts"],
-            mark=record["mark"],
-            home=home,
-            group=Path(record["cgroup"]) if record["cgroup"] else None,
-            processes=frozenset((process.pid, process.start) for process in tree),
-            sockets=frozenset(inode for process in tree for inode in _sockets_of(process.pid)),
-            shared_memory=frozenset(mapped | record["shm"].keys() | nameless),
-        )
-
-    def left(self) -> list[str]:
-        found = [
-            f"process {process}"
-            for process in guard.every_process()
-            if (process.pid, process.start) in self.processes
-            or guard.mark_of(process.pid) == self.mark
-        ]
-        found += [f"socket {line}" for line in _sockets(self.sockets, f"{self.home}/")]
-        there = self.shared_memory & set(os.listdir(guard.SHM))
-        found += [f"shared memory {name}" for name in sorted(there)]
-        paths = [self.home, *([self.group] if self.group else [])]
-        return found + [f"directory {path}" for path in paths if path.exists()]
 
 
 def _members(hive: Hive) -> dict[str, guard.Process]:
@@ -236,22 +190,3 @@ def _must_answer(hive: Hive) -> None:
 def _lives(process: guard.Process) -> bool:
     now = guard.look_at(process.pid)
     return now is not None and now.start == process.start and now.state != "Z"
-
-
-def _sockets_of(pid: int) -> set[int]:
-    links, found = Path(f"/proc/{pid}/fd"), set()
-    for fd in os.listdir(links):
-        with contextlib.suppress(OSError):  # closed meanwhile
-            if match := re.match(r"socket:\[(\d+)", os.readlink(links / fd)):
-                found.add(int(match[1]))
-    return found
-
-
-def _sockets(inodes: frozenset[int], home: str) -> list[str]:
-    """What the kernel still has of these sockets, or of any that is bound in this directory."""
-    return [
-        f"{table} {line}"
-        for table, column in (("unix", 6), ("tcp", 9), ("tcp6", 9))
-        for line in Path("/proc/net", table).read_text().splitlines()[1:]
-        if int(line.split()[column]) in inodes or home in line
-    ]

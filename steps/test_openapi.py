@@ -41,6 +41,8 @@ from tests.windows.daemon import IMPATIENT, WINDOWS, Owner, new_name
 
 SEED = int(os.environ.get("OPENAPI_SEED", "0")) or random.SystemRandom().randrange(1, 10**6)
 FEW, MANY = 4, 150  # examples of each kind for each operation
+AGAIN = 8  # rounds more for an operation that no example has met well
+KINDS = ((1, True), (1, False), (0, False))
 CHECKS = [
     status_code_conformance,
     content_type_conformance,
@@ -150,22 +152,28 @@ def test_whatever_is_asked_the_answer_is_one_that_is_documented(
     for operation in operations:
         if (operation.method.upper(), operation.path) in APART:
             continue
-        for mode, is_real in ((1, True), (1, False), (0, False)):
+        for again, (mode, is_real) in enumerate([*KINDS, *KINDS[:1] * AGAIN]):
+            if again >= len(KINDS) and _is_met(asked[operation.label]):
+                break
             ask = Asking(hive, things, operation, is_real=is_real)
             kind = GenerationMode.POSITIVE if mode else GenerationMode.NEGATIVE
             try:
-                ask.run(kind, most)
+                ask.run(kind, most, again)
             except (Exception, FailureGroup) as exc:  # noqa: BLE001 (all operations are looked at)
                 failures.append(f"{operation.label} ({kind.value}): {_told(exc)}")
             asked[operation.label] += ask.statuses
     for label, statuses in asked.items():
         print(label, dict(statuses))
     assert not failures, f"OPENAPI_SEED={SEED}\n" + "\n\n".join(failures)
-    bad = [label for label, statuses in asked.items() if not any(200 <= s < 300 for s in statuses)]
+    bad = [label for label, statuses in asked.items() if not _is_met(statuses)]
     bad = [label for label in bad if label not in ONLY_AFTER_A_FAULT]
     assert not bad, f"OPENAPI_SEED={SEED}: never answered well: {bad}"
     assert not [line for line in hive.log if line.get("code") == InternalError.code]
     assert hive.ask("GET", "/livez").status == 200
+
+
+def _is_met(statuses: Counter[int]) -> bool:
+    return any(200 <= status < 300 for status in statuses)
 
 
 class Asking:
@@ -184,12 +192,12 @@ class Asking:
         self.session = requests.Session()
         self.session.headers["Authorization"] = f"Bearer {hive.key}"
 
-    def run(self, kind: GenerationMode, most: int) -> None:
+    def run(self, kind: GenerationMode, most: int, again: int) -> None:
         if kind is GenerationMode.NEGATIVE and not self.operation.body and not self.operation.query:
             return  # any text will do in a path or a header: nothing of it can be bad
         drawn = self.operation.as_strategy(kind)
 
-        @seed(SEED)
+        @seed(SEED + again)
         @settings(
             max_examples=most,
             deadline=None,

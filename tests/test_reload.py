@@ -1,6 +1,7 @@
 """A reload: every key that may change does, together with all others or not at all (R074, R227)."""
 
 import asyncio
+import contextlib
 import logging
 import threading
 from collections.abc import AsyncIterator, Callable, Iterator
@@ -8,12 +9,13 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
+import aiohttp
 import pytest
 import tomlkit
 from pydantic import BaseModel
 
 from hive.errors import ConfigInvalid, Conflict, HiveError, InternalError, ReloadRefused
-from hive.events import ReloadBegan, ReloadEnded
+from hive.events import DaemonMoved, ReloadBegan, ReloadEnded, RequestEnded
 from hive.policy.reloading import is_one_of
 from hive.policy.retries import until_taken
 from hive.reload import Reloader
@@ -21,7 +23,7 @@ from hive.settings import RELOADABLE, ApiKey, Model, Settings, Timeouts, load
 from hive.storage.audit import Journal
 from hive.telemetry import logs, systemd
 from hive.telemetry.audit import Audit
-from tests.gateway.serving import Serving, key, serving
+from tests.gateway.serving import Serving, bearer, key, serving
 from tests.gateway.test_answer import WINDOWS
 from tests.patience import awaited, until, within
 
@@ -344,6 +346,51 @@ async def test_a_part_that_fails_leaves_nothing_half_applied(tmp_path: Path) -> 
 
 
 @awaited
+async def test_a_part_that_cannot_go_back_keeps_no_other_from_it_and_is_told(
+    tmp_path: Path,
+) -> None:
+    async with running(tmp_path) as it:
+        heard: list[float] = []
+
+        def breaks(_new: Settings) -> None:
+            raise RuntimeError("broken, and stays so")
+
+        def fails_once(new: Settings) -> None:
+            heard.append(new.server.drain_s)
+            if new.server.drain_s == 1:
+                raise RuntimeError("broken")
+
+        # The first part that is told is the first that fails to go back.
+        it.reloader._parts.insert(0, lambda new: None if new.server.drain_s == 1 else breaks(new))
+        it.reloader.tells(fails_once)
+        it.set(("server", "drain_s"), 1)
+        with pytest.raises(InternalError, match="did not take the old ones") as caught:
+            await it.reload()
+
+        assert "restart" in caught.value.suggested_action.lower()
+        assert (it.plan.drain_s, heard) == (30, [1, 30])
+        assert ended(it).code == "INTERNAL_ERROR"
+        assert ended(it).changed == ()
+
+
+@awaited
+async def test_a_judge_that_fails_ends_no_more_than_the_reload(tmp_path: Path) -> None:
+    """Whoever asked by a signal waits for a HiveError; anything else would end hive."""
+    async with running(tmp_path) as it:
+
+        def judge(_new: Settings) -> None:
+            raise ZeroDivisionError
+
+        it.reloader.asks(judge)
+        it.set(("server", "drain_s"), 1)
+        with pytest.raises(InternalError):
+            await it.reload()
+
+        assert (ended(it).code, ended(it).changed) == ("INTERNAL_ERROR", ())
+        assert it.plan.drain_s == 30
+
+
+@awaited
 async def test_two_reloads_at_once_take_turns_and_the_last_file_counts(tmp_path: Path) -> None:
     async with running(tmp_path) as it:
         turn, reads = threading.Event(), 0
@@ -385,11 +432,11 @@ async def test_a_reload_while_hive_stops_is_refused(tmp_path: Path) -> None:
         it.set(("server", "drain_s"), 1)
         began = asyncio.ensure_future(it.reload())
         await until(is_reading.is_set, "it reads")
-        it.reloader.close()
-        turn.set()
+        it.reloader.close()  # which waits for no disk
         for reloading in (began, it.reload()):
             with pytest.raises(Conflict):
-                await reloading
+                await within(reloading, 5)
+        turn.set()
 
         assert it.plan.drain_s == 30
 
@@ -430,3 +477,92 @@ async def test_what_nobody_foresaw_in_the_file_is_told_bare(tmp_path: Path) -> N
             await it.reload()
 
         assert caught.value.code == ended(it).code == "INTERNAL_ERROR"
+
+
+# ── keys that are taken away ────────────────────────────────────────────────────────────────────
+
+
+@asynccontextmanager
+async def reading(it: Running, name: str, path: str) -> AsyncIterator[aiohttp.ClientResponse]:
+    async with it.it.session.get(path, headers=bearer(name)) as answer:
+        assert answer.status == 200
+        yield answer
+
+
+EVENTS, LOG = "/hive/v1/events", "/hive/v1/workers/m-0/logs?follow=1"
+
+
+@pytest.mark.parametrize("path", [EVENTS, LOG])
+@pytest.mark.parametrize(
+    "keys",
+    [
+        [key("ops", "admin")],
+        [key("ops", "admin"), key("ann", "inference", "metrics")],
+        [key("ops", "admin"), {**key("ann", "admin"), "sha256": "0" * 64}],
+    ],
+    ids=["revoked", "narrowed", "another secret"],
+)
+@awaited
+async def test_a_key_that_is_taken_away_reads_on_nowhere(
+    tmp_path: Path, path: str, keys: list[dict[str, Any]]
+) -> None:
+    """Event streams and followed logs never end by themselves (R034)."""
+    async with running(tmp_path) as it:
+        it.plan.log.parent.mkdir(parents=True, exist_ok=True)
+        it.plan.log.write_text("one\n")
+        it.set(("auth",), {"keys": [key("ops", "admin"), key("ann", "admin")]})
+        await it.reload()
+        async with reading(it, "ann", path) as gone, reading(it, "ops", path) as stays:
+            assert await within(gone.content.readline(), 10)
+            assert await within(stays.content.readline(), 10)
+            it.set(("auth",), {"keys": keys})
+            await it.reload()
+
+            rest = await within(gone.content.read(), 10)  # whole: nobody takes it for a fault
+            assert b"later" not in rest
+            with it.plan.log.open("a") as out:
+                out.write("later\n")
+            it.it.announcer.announce(DaemonMoved("later"))
+            while b"later" not in await within(stays.content.readline(), 10):
+                pass
+        (end,) = [one for one in it.it.heard(RequestEnded) if one.key == "ann"]
+        assert end.code == "REQUEST_CANCELLED"
+        answer, _ = await it.it.ask("GET", path, **bearer("ann"))
+        assert answer.status in (401, 403)
+
+
+@pytest.mark.parametrize("how", ["its key is revoked", "it is cancelled", "hive stops"])
+@awaited
+async def test_a_stream_that_nobody_reads_is_cut_off(tmp_path: Path, how: str) -> None:
+    """What was written for it is not kept either."""
+    async with running(tmp_path) as it:
+        it.set(("auth",), {"keys": [key("ops", "admin"), key("ann", "admin")]})
+        await it.reload()
+        with contextlib.closing(it.it.connect()) as client:
+            lines = {"Host": "x", "X-Request-Id": "deaf", **bearer("ann")}
+            head = "".join(f"{name}: {value}\r\n" for name, value in lines.items())
+            client.sendall(f"GET {EVENTS} HTTP/1.1\r\n{head}\r\n".encode())
+            await until(lambda: it.it.gateway._streams._open, "the stream")
+            for _ in range(200):  # 20 MB: more than the kernel takes
+                it.it.announcer.announce(DaemonMoved("x" * 100_000))
+            (stream,) = it.it.gateway._streams._open
+            transport = stream.request.transport
+            assert transport is not None
+            await until(transport.get_write_buffer_size, "it is stuck")
+            if how == "hive stops":
+                it.it.gateway.close_streams()
+            elif how == "it is cancelled":
+                path = "/hive/v1/requests/deaf"
+                answer, _ = await it.it.ask("DELETE", path, **bearer("ops"))
+                assert answer.status == 204
+            else:
+                it.set(("auth",), {"keys": [key("ops", "admin")]})
+                await it.reload()
+
+            await until(lambda: "deaf" in ended_requests(it), "its end", 10)
+            assert transport.is_closing()
+            assert transport.get_write_buffer_size() == 0
+
+
+def ended_requests(it: Running) -> list[str]:
+    return [one.request_id for one in it.it.heard(RequestEnded)]

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from pydantic import ValidationError
 
 from hive.errors import ConfigInvalid
-from hive.settings import FIXED, Auth, Server, Settings, Timeouts, load
+from hive.settings import FILE_BYTES, FIXED, Auth, Server, Settings, Timeouts, load
 
 MODEL = """
 [models.small]
@@ -422,8 +422,9 @@ def test_a_database_without_its_driver_is_refused(
         ("[server\n", "is not TOML: "),
         ("[server]\nport = 1\nport = 2\n", "is not TOML: "),
         ("\udcff", "is not UTF-8 (byte 0)"),
+        ("#" * (FILE_BYTES + 1), "has more than 1 MiB"),
     ],
-    ids=["syntax", "duplicate", "encoding"],
+    ids=["syntax", "duplicate", "encoding", "size"],
 )
 def test_a_file_that_cannot_be_understood_is_refused(
     tmp_path: Path, text: str, finding: str

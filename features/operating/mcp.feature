@@ -69,8 +69,8 @@ Feature: Tools for agents
     @R172 @R262 @R213 @R219 @R171
     Scenario: A part of hive is down
       Given hive is serving a model with windows
-      And LMCache does not answer its health check
       And an agent over stdio
+      And LMCache does not answer its health check
       When the agent calls cache_stats with {}
       Then it gets the parts there are, and is told which one is missing
 

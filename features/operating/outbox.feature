@@ -26,7 +26,7 @@ Feature: Alerts to a webhook
       And the engine refuses every request with 500
       And hive is serving
       When a client asks for 5 chats in turn
-      Then the Alertmanager has "HiveBreakerOpen" once, for longer than it would by itself
+      Then the Alertmanager has "HiveBreakerOpen" once
       When the engine is well again
       And the cooldown is over
       And a client asks for a chat
@@ -49,6 +49,19 @@ Feature: Alerts to a webhook
       And no alert waits to be sent
 
     @R235 @R249
+    Scenario: hive cannot start any more
+      Given a webhook that takes alerts with a token
+      And the webhook is down
+      And the engine refuses every request with 500
+      And hive is serving
+      When a client asks for 5 chats in turn
+      Then 2 alerts wait to be sent, and the operator is shown why
+      When hive is killed
+      And the webhook is there again
+      And hive is started again, and its model's engine is gone
+      Then the webhook gets each of them once, and is told that it is still so
+
+    @R235 @R249
     Scenario: hive is killed again and again
       Given a webhook that takes alerts with a token
       And 2 models whose engines fail
@@ -65,7 +78,9 @@ Feature: Alerts to a webhook
       And hive is serving
       When a client asks for 5 chats in turn
       Then the webhook escalates as "credentials_refused", level critical
-      And the log has a line "alert tried" with the outcome "dropped"
+      And the log has a line "alert tried" with the outcome "failed"
+      When the webhook takes that token, too
+      Then the webhook gets "HiveBreakerOpen" of the worker, with what to do
       And no alert waits to be sent
 
   Rule: Neither the disk nor the webhook holds anything up

@@ -8,9 +8,10 @@ import click
 from hive.cli.client import call, daemon_options
 from hive.cli.output import json_option, print_json, print_table, say
 from hive.cli.serve import config_option
-from hive.errors import StorageReadFailed
+from hive.errors import NotFound, StorageReadFailed
 from hive.settings import load
 from hive.storage.audit import Verdict, verify
+from hive.telemetry.audit import DIRECTORY
 
 MOST = 1000
 COLUMNS = ("index", "time", "who", "what", "of", "outcome", "request")
@@ -62,7 +63,13 @@ def verify_(config: Path | None, state_dir: Path | None, head: str | None, as_js
     """
     if state_dir is None:
         state_dir = load(config).server.state_dir
-    directory = state_dir / "audit"
+    directory = state_dir / DIRECTORY
+    if not directory.is_dir():  # a wrong name, or somebody removed it: that is not well
+        raise NotFound(
+            f"{directory}: there is no audit log.",
+            action="Name hive's own directory by --state-dir or --config; it is made at the first "
+            "start of 'hive serve', and nothing of hive's ever removes it.",
+        )
     try:
         verdict = verify(directory, head)
     except OSError as exc:

@@ -6,6 +6,7 @@ import click
 
 from hive.cli.client import call, daemon_options
 from hive.cli.output import json_option, print_json, say
+from hive.errors import DaemonUnreachable
 
 
 @click.command()
@@ -17,7 +18,14 @@ def reload(as_json: bool, **daemon: Any) -> None:
     Exit code 1, and nothing has changed, when the configuration is invalid or a key was changed that
     needs a restart; every such key is named. docs/configuration.md says which keys can be reloaded.
     """
-    found = call("POST", "/hive/v1/reload", **daemon)
+    try:
+        found = call("POST", "/hive/v1/reload", **daemon)
+    except DaemonUnreachable as exc:
+        exc.suggested_action = (
+            "Start it with 'hive serve'; if server.host or server.port was changed since it started, "
+            "name its old address with --url."
+        )
+        raise
     if as_json:
         print_json(found)
     elif found["changed"]:

@@ -24,7 +24,8 @@ from hive.gateway import shapes
 from hive.gateway.alerts import Told
 from hive.gateway.auth import Caller
 from hive.gateway.openapi import EVENTS, TEXT, described
-from hive.gateway.stream import EventStream
+from hive.gateway.queries import OfModel
+from hive.gateway.stream import EventStream, Streams
 from hive.gateway.traffic import Passage, Traffic
 from hive.policy.redaction import for_clients, without_secrets
 from hive.workers.diagnosis import log_files, open_log, read_tail
@@ -47,10 +48,6 @@ MetricsText = Callable[[str], Awaitable[tuple[bytes, str]]]
 OPENMETRICS = "application/openmetrics-text"
 
 
-class OfModel(TypedDict, total=False):
-    model: Annotated[str, msgspec.Meta(description="Of this model alone.")]
-
-
 class LogWanted(TypedDict, total=False):
     lines: Annotated[
         int, msgspec.Meta(ge=0, le=LOG_LINES_MOST, description="So many of the last ones; 200.")
@@ -70,6 +67,7 @@ class Admin:
         ledger: Ledger,
         traffic: Traffic,
         events: EventStream,
+        streams: Streams,
         metrics: MetricsText,
         drain: Callable[[], None],
         alerts: Told,
@@ -77,9 +75,8 @@ class Admin:
         self._drain, self._alerts = drain, alerts
         self._fleet, self._traffic = fleet, traffic
         self._devices, self._ledger = devices, ledger
-        self._events, self._metrics = events, metrics
+        self._events, self._streams, self._metrics = events, streams, metrics
         self._began = time.time()
-        self.closing = asyncio.Event()  # ends streams when hive stops
 
     def routes(self) -> list[web.RouteDef]:
         return [
@@ -188,7 +185,16 @@ class Admin:
             headers={"Content-Type": "text/event-stream", "Cache-Control": "no-store"}
         )
         with self._events.reader(request.headers.get("Last-Event-ID")) as queue:
-            await response.prepare(request)
+            await self._tell(queue, request, response)
+        return response
+
+    async def _tell(
+        self,
+        queue: "asyncio.Queue[bytes | None]",
+        request: web.Request,
+        response: web.StreamResponse,
+    ) -> None:
+        async with self._streams.open(request, response):
             await response.write(b": hive events\n\n")
             while True:
                 try:
@@ -199,8 +205,6 @@ class Admin:
                 if message is None:
                     break
                 await response.write(message)
-        await response.write_eof()
-        return response
 
     @described({200: shapes.Workers})
     async def workers(self, _request: web.Request) -> web.Response:
@@ -283,20 +287,20 @@ class Admin:
         # Open first, then read up to where it stands: nothing is lost or told twice between.
         with await asyncio.to_thread(_opened, path) as file:
             pieces, position = await asyncio.to_thread(_last_lines, path, file.fileno(), lines)
-            await response.prepare(request)
-            for piece in pieces:
-                await response.write(await asyncio.to_thread(_shown, piece))
-            file.seek(position)
-            if request.query.get("follow") in ("1", "true"):
-                await self._follow(path, file.fileno(), response)
-        await response.write_eof()
+            is_followed = request.query.get("follow") in ("1", "true")
+            async with self._streams.open(request, response, is_endless=is_followed):
+                for piece in pieces:
+                    await response.write(await asyncio.to_thread(_shown, piece))
+                file.seek(position)
+                if is_followed:
+                    await self._follow(path, file.fileno(), response)
         return response
 
     async def _follow(self, path: Path, fd: int, response: web.StreamResponse) -> None:
         fd = os.dup(fd)
         held = b""
         try:
-            while not self.closing.is_set():
+            while not self._streams.closing.is_set():
                 if text := os.read(fd, 65536):
                     whole, held = _whole_lines(held + text)
                     if whole:
@@ -308,7 +312,7 @@ class Admin:
                     continue
                 try:
                     async with asyncio.timeout(FOLLOW_S):
-                        await self.closing.wait()
+                        await self._streams.closing.wait()
                 except TimeoutError:
                     continue
         finally:

@@ -31,7 +31,7 @@ from hive.gateway.inference import Inference
 from hive.gateway.line import sent
 from hive.gateway.listener import Entrance
 from hive.gateway.openapi import OpenApi
-from hive.gateway.stream import EventStream
+from hive.gateway.stream import EventStream, Streams
 from hive.gateway.traffic import Passage, Traffic
 from hive.settings import Settings
 from hive.workers.admission import DRAINING_HINT_S
@@ -77,7 +77,10 @@ class Gateway:
         self._traffic = Traffic(announcer)
         stream = EventStream()
         announcer.listen(stream.hear, deaf_to=COUNTED)
-        self._admin = Admin(fleet, devices, ledger, self._traffic, stream, metrics, drain, alerts)
+        self._streams = Streams(self._doorkeeper.admit)
+        self._admin = Admin(
+            fleet, devices, ledger, self._traffic, stream, self._streams, metrics, drain, alerts
+        )
         sessions = keeping.sessions if keeping else None
         self._inference = Inference(settings, fleet, announcer, sessions)
         self.app = web.Application(middlewares=[self._answer])
@@ -97,8 +100,12 @@ class Gateway:
             self.app.add_routes([*windows.routes(), *backups.routes()])
 
     def apply(self, settings: Settings) -> None:
-        """What may change while hive runs, for requests that come from now on."""
+        """What may change while hive runs, for requests that come from now on.
+
+        What runs goes on to its end; streams that have none end with their key.
+        """
         self._doorkeeper.apply(settings.auth.keys)
+        self._streams.judge()
         self._inference.apply(settings)
 
     def entrance(self, routed: Entrance) -> Entrance:
@@ -109,7 +116,7 @@ class Gateway:
             assert isinstance(request, web.Request)
             if inference.takes(request):
                 return self._answer(request, inference.infer)
-            if request.headers.get("Expect", _CONTINUE).lower() != _CONTINUE:
+            if request.headers.get("Expect", "").lower() not in ("", _CONTINUE):
                 return self._answer(request, _unexpected)  # aiohttp would refuse it by itself
             return routed(request)
 
@@ -117,7 +124,7 @@ class Gateway:
 
     def close_streams(self) -> None:
         """End event streams and followed logs, which would never end by themselves."""
-        self._admin.closing.set()
+        self._streams.close()
 
     async def finish(self, by: float) -> None:
         """Let every request have its answer until `by` (monotonic seconds), then end them all."""

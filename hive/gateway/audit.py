@@ -1,6 +1,6 @@
 """GET /hive/v1/audit: who did what, page by page."""
 
-import asyncio
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, NotRequired, TypedDict
 
@@ -9,7 +9,9 @@ from aiohttp import web
 
 from hive.errors import StorageReadFailed, ValidationFailed
 from hive.gateway.openapi import described
+from hive.gateway.queries import whole_number
 from hive.storage import audit
+from hive.storage.threads import in_its_own_thread
 
 PAGE, MOST = 100, 1000
 LATEST = 10**15  # above any index
@@ -55,7 +57,7 @@ class AuditApi:
         most = _number(request, "limit", PAGE, 1, MOST)
         before = _number(request, "before", LATEST, 0, LATEST)
         try:
-            found = await asyncio.to_thread(audit.page, self._directory, most, before)
+            found = await in_its_own_thread(partial(audit.page, self._directory, most, before))
         except OSError as exc:
             raise StorageReadFailed(
                 f"The audit log cannot be read: {exc.strerror}.",
@@ -66,10 +68,9 @@ class AuditApi:
 
 
 def _number(request: web.Request, name: str, default: int, least: int, most: int) -> int:
-    text = request.query.get(name, str(default))
-    is_number = text.isascii() and text.isdigit() and len(text) <= len(str(most))
-    if not is_number or not least <= int(text) <= most:
+    number = whole_number(request.query.get(name, str(default)), least, most)
+    if number is None:
         raise ValidationFailed(
             f"'{name}' must be a whole number from {least} to {most}.", param=name
         )
-    return int(text)
+    return number

@@ -3,9 +3,8 @@
 import asyncio
 import time
 from collections.abc import Awaitable
-from typing import TYPE_CHECKING, Annotated, Any, TypedDict
+from typing import TYPE_CHECKING, Any
 
-import msgspec
 from aiohttp import web
 
 from hive.devices.watch import Condition, Devices
@@ -18,6 +17,7 @@ from hive.errors import (
 )
 from hive.gateway import shapes
 from hive.gateway.openapi import described
+from hive.gateway.queries import OfModel
 from hive.policy.lifecycle import State
 from hive.workers.fleet import Fleet
 from hive.workers.ledger import Ledger
@@ -25,10 +25,6 @@ from hive.workers.worker import Worker
 
 if TYPE_CHECKING:
     from hive.windows.keeping import Keeping
-
-
-class OfModel(TypedDict, total=False):
-    model: Annotated[str, msgspec.Meta(description="Ask its engines alone.")]
 
 
 class Health:

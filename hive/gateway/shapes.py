@@ -14,6 +14,7 @@ from hive.policy.windows import SessionState, WindowState
 
 Level = Literal["full", "degraded", "critical", "down"]
 
+
 # ── the daemon ──────────────────────────────────────────────────────────────────────────────────
 
 

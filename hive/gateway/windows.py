@@ -55,6 +55,7 @@ from hive.errors import (
 from hive.gateway import problems, shapes
 from hive.gateway.auth import Caller, taken
 from hive.gateway.openapi import EVENTS, JSON, described
+from hive.gateway.queries import whole_number
 from hive.gateway.traffic import Passage
 from hive.policy.windows import SessionState, WindowState
 from hive.storage.catalogue import MOST_PAGE, Window
@@ -553,9 +554,9 @@ def number_of(request: web.Request, name: str, default: int, most: int, least: i
     told = request.query.get(name)
     if told is None:
         return default
-    is_number = told.isascii() and told.isdigit() and len(told) <= len(str(most))
-    if not is_number or not least <= int(told) <= most:
+    number = whole_number(told, least, most)
+    if number is None:
         raise InvalidParameter(
             f"Invalid parameter: {name}. It is a whole number from {least} to {most}.", param=name
         )
-    return int(told)
+    return number

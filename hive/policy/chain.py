@@ -45,11 +45,12 @@ def opened(line: bytes, after: Link | None = None) -> tuple[dict[str, Any], Link
         raise Broken("the line has no end")
     try:
         record = json.loads(line)
-    except (ValueError, RecursionError):
+        canonical = _canonical(record)
+    except (ValueError, RecursionError):  # it may nest deeper than can be read, or than written
         raise Broken("the line is no JSON") from None
     if not isinstance(record, dict):
         raise Broken("the line is no record")
-    if _canonical(record) + b"\n" != line:
+    if canonical + b"\n" != line:
         raise Broken("the record was changed: it is not written as hive writes it")
     link = _place_of(record)
     if after is not None:

@@ -58,6 +58,8 @@ class Rule(StrEnum):
     CATALOGUE_DOWN = "catalogue_down"
     CREDENTIALS_REFUSED = "credentials_refused"
     CLIENTS_REFUSED = "clients_refused"
+    AUDIT_FAILED = "audit_failed"
+    AUDIT_DAMAGED = "audit_damaged"
 
 
 @dataclass(frozen=True, slots=True)
@@ -153,6 +155,19 @@ RULES: Mapping[Rule, About] = {
         "does not have the scope.",
         "hive's log has each of them (codes UNAUTHORIZED and FORBIDDEN): a client has an old key, "
         "or somebody guesses.",
+    ),
+    Rule.AUDIT_FAILED: About(
+        Severity.CRITICAL,
+        "The audit log cannot be written: what is done meanwhile is held in memory, and is lost if it "
+        "is too much or hive ends.",
+        "Check the disk under server.state_dir (space, rights, errors in the kernel's log); hive "
+        "goes on by itself as soon as it can write there.",
+    ),
+    Rule.AUDIT_DAMAGED: About(
+        Severity.CRITICAL,
+        "The audit log is not as hive left it: somebody or the disk has changed it.",
+        "'hive audit verify' names the record; copy STATE/audit before anything else is done, and "
+        "find out who could write there. It stays open until hive's next start.",
     ),
 }
 
@@ -387,6 +402,7 @@ _QUIETS = frozenset(
         Rule.OPERATION_FAILED,
         Rule.DATA_DAMAGED,
         Rule.INTERNAL_ERROR,
+        Rule.CATALOGUE_DOWN,  # or when it answers; not every request that it answered is told
     }
 )
 CLIENTS = Subject("authentication")
@@ -399,6 +415,7 @@ class Escalations:
         self._calls = {subject: Calls() for subject in operations}
         self._refused: deque[float] = deque(maxlen=REFUSED_CLIENTS + 1)
         self._away_since: float | None = None
+        self._away_last = 0.0
         self._open: dict[tuple[Rule, Subject], Open] = {}
 
     @property
@@ -473,8 +490,9 @@ class Escalations:
         if not is_away:
             self._away_since = None
             return self.over(Rule.CATALOGUE_DOWN, subject, now)
-        if self._away_since is None:
-            self._away_since = now
+        if self._away_since is None or now - self._away_last > WINDOW_S:
+            self._away_since = now  # what was that long ago tells nothing of the time between
+        self._away_last = now
         if now - self._away_since <= DOWN_S:
             return NOTHING
         return self.raised(Rule.CATALOGUE_DOWN, subject, now, AWAY)

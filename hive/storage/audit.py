@@ -2,20 +2,21 @@
 
 `audit.jsonl` is written to, `audit-<first index>.jsonl` are older ones, `head.json` names the last
 record, so that a tail that was cut off is missed. What cannot be written is held, up to
-MOST_HELD records, tried again every RETRY_S, and the gap becomes a record itself.
+MOST_HELD records, tried again every RETRY_S, and the gap becomes a record itself. What somebody
+changed is never removed, and `verify` names it for as long as it is there.
 """
 
 import contextlib
-import errno
 import hashlib
+import itertools
 import json
+import logging
 import os
 import re
-import stat
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from itertools import islice
@@ -23,6 +24,10 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from hive.policy.chain import START, ZEROS, Broken, Link, opened, sealed
+from hive.settings import open_regular
+from hive.storage.durable import synced
+
+log = logging.getLogger(__name__)
 
 Facts = dict[str, Any]
 
@@ -33,9 +38,14 @@ MIB = 2**20
 MOST_HELD = 10_000  # records that wait for a disk that takes none
 MOST_AT_ONCE = 256  # records of one write
 RETRY_S = 1.0  # between two tries to write
+STUCK_S = 5.0  # that a record may wait without any being written: then the disk hangs
 CLOSE_S = 5.0  # that the end of hive waits for the last records
 LOOKS = 5  # at files that change while they are verified
 BLOCK = 65_536  # bytes that are read at once from a file's end
+MOST_LINE = 2**20  # bytes; hive's own are hundreds
+HANGS = "the disk does not answer"
+TOO_MANY = "more came than could be written"
+_BREATH, _BREATH_S = 32, 0.001  # records of an old file that are looked at between two pauses
 _OLDER = re.compile(r"audit-(\d{12})\.jsonl\Z")
 
 
@@ -89,6 +99,7 @@ class _Walk:
     begins_after: str = ZEROS
     last_action: object = None
     expired: dict[int, str] = field(default_factory=dict)  # hash by last index that was removed
+    told: Problem | None = None  # the first record by which hive itself says so
 
     @property
     def reached(self) -> int:
@@ -148,7 +159,7 @@ def _opened_files(directory: Path, files: contextlib.ExitStack) -> list[tuple[st
     def open_all(names: list[str]) -> None:
         for name in names:
             with contextlib.suppress(FileNotFoundError):
-                file = files.enter_context(_open_regular(directory / name))
+                file = files.enter_context(_opened_regular(directory / name))
                 found.setdefault(os.fstat(file.fileno()).st_ino, (name, file))
 
     open_all([ACTIVE])  # first: renamed meanwhile, it is the newest of the older ones
@@ -157,16 +168,12 @@ def _opened_files(directory: Path, files: contextlib.ExitStack) -> list[tuple[st
     return sorted(found.values(), key=lambda one: (one[0] == ACTIVE, one[0]))
 
 
-def _open_regular(path: Path) -> BinaryIO:
-    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
-    if not stat.S_ISREG(os.fstat(fd).st_mode):
-        os.close(fd)
-        raise OSError(errno.EINVAL, "it is not a regular file", str(path))
-    return open(fd, "rb")
+def _opened_regular(path: Path) -> BinaryIO:
+    return open_regular(path, os.O_NOFOLLOW)
 
 
-def _walk_file(walk: _Walk, name: str, file: BinaryIO) -> None:
-    """Follow the chain through a file, to its end or to the first problem."""
+def _walk_file(walk: _Walk, name: str, file: Iterable[bytes]) -> None:
+    """Follow the chain through a file's lines, to its end or to the first problem."""
     verdict = walk.verdict
     verdict.files += 1
     walk.lines = walk.bytes = 0
@@ -192,6 +199,9 @@ def _walk_file(walk: _Walk, name: str, file: BinaryIO) -> None:
         walk.last_action = record.get("action")
         if record.get("action") == EXPIRED:
             _note_expired(walk, record)
+        if record.get("action") == DAMAGED and walk.told is None:
+            what = f"here hive told of it: {_told_in(record)}"
+            walk.told = Problem(name, walk.lines, link.index, what)
         if link.hash == walk.wanted:
             walk.wanted = None
 
@@ -210,6 +220,11 @@ def _note_expired(walk: _Walk, record: Mapping[str, Any]) -> None:
     detail = record.get("detail")
     if isinstance(detail, dict) and type(detail.get("through")) is int:
         walk.expired[detail["through"]] = str(detail.get("hash"))
+
+
+def _told_in(record: Mapping[str, Any]) -> str:
+    detail = record.get("detail")
+    return str(detail.get("problem")) if isinstance(detail, dict) else DAMAGED
 
 
 def _index_in(line: bytes) -> int:
@@ -234,17 +249,23 @@ def _problem_of_all(walk: _Walk) -> Problem | None:
         return Problem(HEAD, 0, -1, f"it names record {head.index}, with another hash")
     if walk.wanted:
         return Problem(HEAD, 0, -1, f"no record has the hash {walk.wanted}")
-    return None
+    return walk.told  # what it speaks of may be gone since
 
 
 def read_head(directory: Path) -> Link:
     """The last record, as it was written down beside. Raises OSError, ValueError."""
-    with _open_regular(directory / HEAD) as file:
+    with _opened_regular(directory / HEAD) as file:
         text = file.read(4096)
-    said = json.loads(text)
-    if not isinstance(said, dict) or type(said.get("index")) is not int:
+    try:
+        said = json.loads(text)
+    except RecursionError:  # it nests too deeply
+        raise ValueError(HEAD) from None
+    index, digest = (
+        (said.get("index"), said.get("hash")) if isinstance(said, dict) else (None, None)
+    )
+    if type(index) is not int or not isinstance(digest, str):  # type: True is 1, too
         raise ValueError(HEAD)
-    link = Link(said["index"], str(said.get("hash")))
+    link = Link(index, digest)
     if _head_text(link) != text:
         raise ValueError(HEAD)
     return link
@@ -279,10 +300,13 @@ def _backwards(directory: Path, before: int | None) -> Iterator[Facts]:
 
 
 def _lines_backwards(file: BinaryIO) -> Iterator[bytes]:
-    """Whole lines without their ends, the last first; a bounded part of the file at once."""
+    """Whole lines without their ends, the last first; a bounded part of the file at once.
+
+    A line that is longer than any of hive's is given up, with what stands before it.
+    """
     position = os.fstat(file.fileno()).st_size
     held, is_end = b"", True
-    while position:
+    while position and len(held) <= MOST_LINE:
         size = min(BLOCK, position)
         position -= size
         held = os.pread(file.fileno(), size, position) + held
@@ -291,7 +315,7 @@ def _lines_backwards(file: BinaryIO) -> Iterator[bytes]:
             lines, is_end = lines[:-1], False
         yield from reversed(lines)
         held = first
-    if held and not is_end:
+    if held and not is_end and not position:
         yield held
 
 
@@ -313,6 +337,7 @@ class Journal:
         told: Callable[[News], None],
         retry_s: float = RETRY_S,
         stop: str | None = None,
+        stuck_s: float = STUCK_S,
     ) -> None:
         """A file has at most `max_mib`, and so many older ones are kept, at least one.
 
@@ -321,8 +346,13 @@ class Journal:
         self._directory = directory
         self._max_bytes, self._keep = int(max_mib * MIB), keep
         self._told, self._retry_s, self._stop = told, retry_s, stop
+        self._stuck_s = stuck_s
         self._held: deque[Facts] = deque()
+        self._since: float | None = None  # monotonic: so long the oldest one held is the oldest
+        self._stuck_since: float | None = None  # the time of day since which nothing is written
         self._lost = 0
+        self._lost_since = 0.0
+        self._news: dict[str, News] = {}  # what is wrong, by what it is about
         self._is_closed = False
         self._changed = threading.Condition()
         # From here on the thread's own.
@@ -332,9 +362,13 @@ class Journal:
         self._size = 0  # bytes of the active file that are whole
         self._begins = 0  # its first index
         self._is_tidy = self._is_partial = self._was_open = False
+        self._moved: Problem | None = None  # the file, by somebody else
         self._notes: list[Facts] = []  # of what was found here; before all that is held
         self._failing_since: float | None = None
         self._reason = ""
+        self._said_gone: set[str] = set()  # files that are to go, and that a record says so of
+        self._kept_back: set[str] = set()  # files that somebody changed: they stay …
+        self._told_of: set[str] = set()  # … and that it was told of
         self._thread = threading.Thread(target=self._run, name="audit", daemon=True)
         self._thread.start()
 
@@ -342,8 +376,11 @@ class Journal:
         """Record these facts, which are JSON's own kinds, as soon as it can be done."""
         with self._changed:
             if len(self._held) >= MOST_HELD:
+                self._lost_since = self._lost_since if self._lost else time.time()
                 self._lost += 1
             else:
+                if not self._held:
+                    self._since = time.monotonic()
                 self._held.append(facts)
             self._changed.notify_all()
 
@@ -352,6 +389,21 @@ class Journal:
         with self._changed:
             self._max_bytes, self._keep = int(max_mib * MIB), keep
             self._is_tidy = False
+
+    def look(self) -> None:
+        """Tell of a disk that hangs: its thread cannot. To be called every second or so."""
+        with self._changed:
+            waited = 0.0 if self._since is None else time.monotonic() - self._since
+            is_known = self._failing_since is not None or self._stuck_since is not None
+            if waited < self._stuck_s or is_known:
+                return
+            self._stuck_since = time.time() - waited
+        self._tell("writing", News("failing", HANGS))
+
+    def tell_again(self) -> None:
+        """What is wrong now, for those who did not listen yet when it was told."""
+        for news in list(self._news.values()):
+            self._told(news)
 
     def close(self, within_s: float = CLOSE_S) -> int:
         """Write what is held, and end; how many records the disk did not take in time."""
@@ -368,7 +420,7 @@ class Journal:
             try:
                 while self._write_some():
                     pass
-            except OSError as exc:
+            except Exception as exc:  # noqa: BLE001 (it is told, and tried again: this must not end)
                 if not self._failed(exc):
                     break
         if self._fd >= 0:
@@ -383,26 +435,47 @@ class Journal:
     @property
     def _owes(self) -> bool:
         is_unsure = self._fd < 0 or self._failing_since is not None
+        is_unsure = is_unsure or self._stuck_since is not None or self._lost > 0
         return bool(self._held or self._notes or is_unsure or self._head != self._at)
 
-    def _failed(self, exc: OSError) -> bool:
+    def _tell(self, about: str, news: News) -> None:
+        if news.state == "writing":
+            self._news.pop(about, None)
+        else:
+            self._news[about] = news
+        self._told(news)
+        if news.state == "writing" and (left := self._news.get("removing")):
+            self._told(left)  # not all is well
+
+    def _failed(self, exc: Exception) -> bool:
         """Tell it once, and wait before the next try; False: hive ends meanwhile."""
         if self._failing_since is None:
-            self._failing_since, self._reason = time.time(), exc.strerror or str(exc)
-            self._told(News("failing", self._reason))
+            self._reason = type(exc).__name__
+            if isinstance(exc, OSError):
+                self._reason = exc.strerror or str(exc)
+            else:  # a bug, or what nobody thought that a file could hold
+                log.error("the audit log cannot be written", exc_info=exc)
+            self._failing_since = self._stuck_since or time.time()
+            self._tell("writing", News("failing", self._reason))
         with self._changed:
             return not self._changed.wait_for(lambda: self._is_closed, self._retry_s)
 
     def _write_some(self) -> bool:
-        """Write the oldest of what is held; False when there is nothing. Raises OSError."""
+        """Write the oldest of what is held; False when there is nothing. Raises OSError.
+
+        After trouble, and where something was lost, a record of that comes before.
+        """
         self._must_be_open()
         self._write_head()  # if it failed the last time
         with self._changed:
             batch = list(islice(self._held, MOST_AT_ONCE))
             late, lost, most, keep = len(self._held), self._lost, self._max_bytes, self._keep
+            trouble, reason = self._trouble()
         notes, gap = self._notes, []
-        if self._failing_since is not None:
-            gap = [_gap(self._failing_since, self._reason, late, lost)]
+        if trouble is not None:
+            if reason == TOO_MANY:  # nothing else has told it
+                self._tell("writing", News("failing", reason))
+            gap = [_gap(trouble, reason, late, lost)]
         if not (notes or gap or batch):
             return False
         if self._size >= most:
@@ -410,18 +483,28 @@ class Journal:
         gone, expired = self._too_old(keep)
         self._append([*notes, *gap, *expired, *batch])
         self._notes = []
+        self._said_gone.update(path.name for path in gone)
         with self._changed:
             for _ in batch:
                 self._held.popleft()
+            self._since = time.monotonic() if self._held else None
             self._lost -= lost if gap else 0
+            if gap:
+                self._failing_since = self._stuck_since = None
         if gap:
-            self._failing_since = None
-            self._told(News("writing", self._reason, late, lost))
+            self._tell("writing", News("writing", reason, late, lost))
         self._write_head()
-        for path in gone:
-            path.unlink(missing_ok=True)
+        self._remove(gone)
         self._is_tidy = True
         return True
+
+    def _trouble(self) -> tuple[float | None, str]:
+        """Since when something has been wrong, and what; with the lock."""
+        if self._failing_since is not None:
+            return self._failing_since, self._reason
+        if self._stuck_since is not None:
+            return self._stuck_since, HANGS
+        return (self._lost_since, TOO_MANY) if self._lost else (None, "")
 
     def _append(self, batch: list[Facts]) -> None:
         """All of it or nothing. Raises OSError."""
@@ -452,8 +535,12 @@ class Journal:
         if self._fd >= 0:
             found = os.fstat(self._fd)
             grew = found.st_size > self._size if self._is_partial else False
-            if found.st_nlink and (found.st_size == self._size or grew):
+            is_there = _is_at(self._directory / ACTIVE, found)
+            if is_there and (found.st_size == self._size or grew):
                 return
+            if not is_there:
+                what = "it was moved, replaced or removed while hive wrote it"
+                self._moved = Problem(ACTIVE, 1, self._begins, what)
             os.close(self._fd)
             self._fd = -1
         self._open()
@@ -462,13 +549,15 @@ class Journal:
         """Go on where the last life ended: find its last whole record, and say what is wrong."""
         self._directory.mkdir(mode=0o700, exist_ok=True)
         self._directory.chmod(0o700)
-        path, older = self._directory / ACTIVE, self._older()
+        path, older = self._directory / ACTIVE, _older(self._directory)
         start = _last_link(older[-1]) if older else START
         if _begins_with_damage(path):  # which was told then, and `verify` finds
             start = None
         problem = self._find_head(is_new=not older and not os.path.lexists(path))
+        if self._moved is not None:  # hive itself knows what it wrote last, whatever is there now
+            self._head, problem = max(self._head, self._at), self._moved
         walk, torn = _Walk(self._head, start), b""
-        with contextlib.suppress(FileNotFoundError), _open_regular(path) as file:
+        with contextlib.suppress(FileNotFoundError), _opened_regular(path) as file:
             _walk_file(walk, ACTIVE, file)
             torn = os.pread(file.fileno(), walk.verdict.unfinished, walk.bytes)
         self._at = walk.at or self._head
@@ -476,21 +565,26 @@ class Journal:
             problem = problem or broken
             self._set_aside(path, start)
             self._at, walk.bytes = max(self._at, self._head), 0
-        self._fd = os.open(path, _APPEND, 0o600)
-        os.fchmod(self._fd, 0o600)
-        os.ftruncate(self._fd, walk.bytes)
-        _sync(self._directory)
+        with synced(self._directory):
+            self._fd = os.open(path, _APPEND, 0o600)
+            os.fchmod(self._fd, 0o600)
+            os.ftruncate(self._fd, walk.bytes)
         self._size, self._is_partial, self._is_tidy = walk.bytes, False, False
         first = walk.verdict.first
         self._begins = first if walk.bytes and first is not None else self._at.index + 1
         if torn:
             self._notes.append(_note("chain.torn", "cut off", _about(torn)))
-        if self._stop and not self._was_open and walk.last_action not in (None, self._stop):
+        is_known = problem is None and self._stop and not self._was_open
+        if is_known and walk.last_action not in (None, self._stop):
             self._notes.append(_note("daemon.vanished", "its stop is not recorded", {}))
-        self._was_open = True
+        self._was_open, self._moved = True, None
         if problem is not None:
-            self._notes.insert(0, _note(DAMAGED, "damaged", {"problem": str(problem)}))
-            self._told(News("damaged", str(problem)))
+            self._notes.insert(0, self._damage(problem))
+
+    def _damage(self, problem: Problem) -> Facts:
+        """Tell it; the record of it."""
+        self._tell("files", News("damaged", str(problem)))
+        return _note(DAMAGED, "damaged", {"problem": str(problem)})
 
     def _find_head(self, *, is_new: bool) -> Problem | None:
         """The last record as it was written down; from the first moment on there is one."""
@@ -520,35 +614,92 @@ class Journal:
 
     def _rotate(self) -> None:
         path = self._directory / ACTIVE
-        path.rename(self._directory / f"audit-{self._begins:012}.jsonl")
-        os.close(self._fd)
-        self._fd = -1  # if there is no new one, all is looked at again before the next try
-        self._fd = os.open(path, _APPEND | os.O_EXCL, 0o600)
-        self._size, self._begins = 0, self._at.index + 1
-        self._is_tidy = self._is_partial = False
-        _sync(self._directory)
-
-    def _older(self) -> list[Path]:
-        names = sorted(name for name in os.listdir(self._directory) if _OLDER.match(name))
-        return [self._directory / name for name in names]
+        with synced(self._directory):
+            path.rename(self._directory / f"audit-{self._begins:012}.jsonl")
+            os.close(self._fd)
+            self._fd = -1  # if there is no new one, all is looked at again before the next try
+            self._fd = os.open(path, _APPEND | os.O_EXCL, 0o600)
+            self._size, self._begins = 0, self._at.index + 1
+            self._is_tidy = self._is_partial = False
 
     def _too_old(self, keep: int) -> tuple[list[Path], list[Facts]]:
-        """The files that are to go, and the record that says so before they do."""
-        older = [] if self._is_tidy else self._older()
-        if len(older) <= keep:
-            return [], []
-        gone, first = older[:-keep], older[-keep]
-        before = _link_before(first)
-        if before is None:  # what is damaged stays, and what is before it
-            return [], []
-        detail = {"through": before.index, "hash": before.hash, "files": len(gone)}
-        return gone, [_note(EXPIRED, "ok", detail)]
+        """The files that are to go, and the records that say so of each before it does.
+
+        What somebody changed is evidence: it stays, and is told. So does a file that tells of it.
+        """
+        older = [] if self._is_tidy else _older(self._directory)
+        gone: list[Path] = []
+        notes: list[Facts] = []
+        for path, following in itertools.pairwise(older[: 1 - keep or None]):
+            if path.name in self._kept_back:
+                continue
+            if path.name not in self._said_gone:
+                end, problem = _end_of(path, following)
+                if end is None:
+                    self._kept_back.add(path.name)
+                    if problem and problem.file not in self._told_of:
+                        self._told_of.add(problem.file)
+                        notes.append(self._damage(problem))
+                    continue
+                about = {"through": end.index, "hash": end.hash, "file": path.name}
+                notes.append(_note(EXPIRED, "ok", about))
+            gone.append(path)
+        return gone, notes
+
+    def _remove(self, gone: list[Path]) -> None:
+        """In order: what is left has no hole. Where one cannot go, it is tried after the next file."""
+        for path in gone:
+            try:
+                path.unlink(missing_ok=True)
+            except OSError as exc:
+                if "removing" not in self._news:
+                    what = f"{path.name} cannot be removed: {exc.strerror}"
+                    self._tell("removing", News("failing", what))
+                return
+            self._said_gone.discard(path.name)
+        if gone and (stuck := self._news.get("removing")):
+            self._tell("removing", News("writing", stuck.reason))
 
     def __repr__(self) -> str:
         return f"<Journal at {self._at.index}, {len(self._held)} held>"
 
 
 _APPEND = os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW
+
+
+def _older(directory: Path) -> list[Path]:
+    """The oldest first."""
+    return [directory / name for name in sorted(os.listdir(directory)) if _OLDER.match(name)]
+
+
+def _end_of(path: Path, following: Path) -> tuple[Link | None, Problem | None]:
+    """The last record of an old file, if all of it is as hive left it.
+
+    None where it must stay; and what is wrong with it, where no record tells that yet.
+    """
+    walk = _Walk(START, _link_before(path))
+    try:
+        with _opened_regular(path) as file:
+            _walk_file(walk, path.name, _unhurried(file))
+    except OSError as exc:
+        return None, Problem(path.name, 0, -1, f"it cannot be read: {exc.strerror}")
+    problem, end = walk.verdict.problem, _link_before(following)
+    if problem is None and end is None:
+        problem = Problem(following.name, 1, -1, "the record was changed, or cannot be read")
+    if problem is None and walk.at != end:
+        what = f"it does not lead to {following.name}"
+        problem = Problem(path.name, walk.lines, walk.reached, what)
+    if problem is None:
+        return (None if walk.told else walk.at), None
+    return None, None if _begins_with_damage(following) else problem
+
+
+def _unhurried(file: BinaryIO) -> Iterator[bytes]:
+    """Its lines; others get the interpreter meanwhile."""
+    for number, line in enumerate(file, 1):
+        yield line
+        if number % _BREATH == 0:
+            time.sleep(_BREATH_S)
 
 
 def now() -> str:
@@ -589,30 +740,30 @@ def _write_head(directory: Path, link: Link) -> None:
     draft.replace(directory / HEAD)
 
 
+def _is_at(path: Path, file: os.stat_result) -> bool:
+    """Whether a file that is open is still the one of this name."""
+    with contextlib.suppress(FileNotFoundError):
+        there = path.lstat()
+        return (there.st_dev, there.st_ino) == (file.st_dev, file.st_ino)
+    return False
+
+
 def _last_link(path: Path) -> Link | None:
     """The last record's place; None where it cannot be read."""
-    with contextlib.suppress(Broken, StopIteration, OSError), _open_regular(path) as file:
+    with contextlib.suppress(Broken, StopIteration, OSError), _opened_regular(path) as file:
         return opened(next(_lines_backwards(file)) + b"\n")[1]
     return None
 
 
 def _begins_with_damage(path: Path) -> bool:
-    with contextlib.suppress(Broken, OSError), _open_regular(path) as file:
+    with contextlib.suppress(Broken, OSError), _opened_regular(path) as file:
         return opened(file.readline())[0].get("action") == DAMAGED
     return False
 
 
 def _link_before(path: Path) -> Link | None:
     """The place of the record before a file's first one; None where it cannot be read."""
-    with contextlib.suppress(Broken, OSError), _open_regular(path) as file:
+    with contextlib.suppress(Broken, OSError), _opened_regular(path) as file:
         record, link = opened(file.readline())
         return Link(link.index - 1, record["previous_hash"])
     return None
-
-
-def _sync(directory: Path) -> None:
-    fd = os.open(directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        os.fsync(fd)
-    finally:
-        os.close(fd)

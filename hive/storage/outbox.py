@@ -161,7 +161,9 @@ class OutboxFile:
             raise
 
     def _opened(self) -> sqlite3.Connection:
-        os.close(os.open(self.path, os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600))
+        fd = os.open(self.path, os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600)
+        os.fchmod(fd, 0o600)  # whoever looked whether it is damaged may have made it, empty
+        os.close(fd)
         connection = sqlite3.connect(
             self.path, timeout=BUSY_S, isolation_level=None, check_same_thread=False
         )

@@ -7,8 +7,8 @@ look-up and three additions; what it announces is announced after the event that
 import asyncio
 import time
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Iterable
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator
+from contextlib import asynccontextmanager, contextmanager
 from datetime import UTC, datetime
 from typing import Any
 
@@ -17,6 +17,7 @@ from hive.events import (
     COUNTED,
     AlertTried,
     Announcer,
+    AuditMoved,
     BreakerMoved,
     DaemonMoved,
     DeviceMoved,
@@ -29,6 +30,7 @@ from hive.events import (
     RetriesEnded,
     RollbackMoved,
     ServiceLevelMoved,
+    SessionMoved,
     WindowOperationEnded,
     WorkerMoved,
     WorkerReady,
@@ -37,6 +39,8 @@ from hive.events import (
 from hive.policy.breaker import BreakerState
 from hive.policy.escalation import (
     AWAY,
+    DAMAGED,
+    LEVELS,
     NOTHING,
     REFUSED,
     Alerting,
@@ -57,17 +61,18 @@ from hive.policy.escalation import (
 )
 from hive.policy.lifecycle import State
 from hive.settings import Settings
+from hive.telemetry.metrics import OPERATIONS
 from hive.telemetry.outbox import CREDENTIALS, WEBHOOK, Outbox
 from hive.workers.lmcache import ID as CACHE
 
 # What is announced for each request alone, but for the end of its retries.
 DEAF_TO = tuple(kind for kind in COUNTED if kind is not RetriesEnded)
 LOOK_S = 1.0  # how often it is looked whether something is over
-WINDOW_OPERATIONS = ("freeze", "thaw", "clone", "delete", "verify", "repair", "backup", "restore")
 CATALOGUE = Subject("catalogue")
 SERVICE = Subject("service")
 HIVE = Subject("hive")
 ROLLBACK = Subject("rollback")
+AUDIT = Subject("audit_log")
 _AUTH = frozenset({"UNAUTHORIZED", "INVALID_CREDENTIALS", "FORBIDDEN", "ACCESS_DENIED"})
 # What asks the catalogue whatever it is, and the codes with which that has answered.
 _OF_CATALOGUE = ("/hive/v1/windows", "/hive/v1/sessions")
@@ -101,7 +106,7 @@ class Alerts:
         self._starts = {
             worker: Subject("start", worker=worker) for worker in (*self._workers, CACHE)
         }
-        self._operations = {name: Subject(name) for name in WINDOW_OPERATIONS}
+        self._operations = {name: Subject(name) for name in OPERATIONS}
         self._escalations = Escalations(
             [
                 *self._inference.values(),
@@ -127,6 +132,8 @@ class Alerts:
             WindowOperationEnded: self._operation,
             RollbackMoved: self._rollback,
             AlertTried: self._tried,
+            AuditMoved: self._audit,
+            SessionMoved: self._session,
             DaemonMoved: self._daemon,
         }
 
@@ -141,20 +148,28 @@ class Alerts:
 
     @asynccontextmanager
     async def running(self) -> AsyncIterator[None]:
-        """What is over is told, and what escalates is sent, while the block runs."""
+        """What is over is told, and what escalates is sent, while the block runs.
+
+        A single error that ends the block comes out as it is, not in a group.
+        """
 
         async def look() -> None:
             while True:
                 await asyncio.sleep(LOOK_S)
                 self._tell(self._escalations.look(self._clock()))
 
-        async with self.outbox.running(), asyncio.TaskGroup() as tasks:
-            looking = tasks.create_task(look(), name="escalations")
-            try:
-                yield
-            finally:
-                self._tell_now()  # before the outbox ends
-                looking.cancel()
+        with _ungrouped():
+            async with self.outbox.running(), asyncio.TaskGroup() as tasks:
+                looking = tasks.create_task(look(), name="escalations")
+                try:
+                    yield
+                finally:
+                    self._tell_now()  # before the outbox ends
+                    looking.cancel()
+
+    def look_anew(self) -> None:
+        """Hive has started: what an earlier life told is over, unless it is so again."""
+        self.outbox.look_anew()
 
     # ── for operators ───────────────────────────────────────────────────────────────────────────
 
@@ -218,6 +233,16 @@ class Alerts:
         elif not is_away:
             changes += self._escalations.over(Rule.CREDENTIALS_REFUSED, CATALOGUE, now)
         return changes
+
+    def _catalogue_answered(self, now: float) -> Iterable[Change]:
+        """For another part of hive than a request's own."""
+        return [
+            *self._escalations.catalogue(CATALOGUE, now, is_away=False),
+            *self._escalations.over(Rule.CREDENTIALS_REFUSED, CATALOGUE, now),
+        ]
+
+    def _session(self, _: SessionMoved) -> Iterable[Change]:
+        return self._catalogue_answered(self._clock())  # it is told once the catalogue has it
 
     def _retried(self, event: RetriesEnded) -> Iterable[Change]:
         if event.outcome != "exhausted":
@@ -308,7 +333,10 @@ class Alerts:
         subject = self._operations.get(event.operation)
         if subject is None:
             return NOTHING
-        return self._escalations.ended(subject, self._clock(), outcome(event.code), event.code)
+        now = self._clock()
+        changes = self._escalations.ended(subject, now, outcome(event.code), event.code)
+        # What was done is in the catalogue.
+        return changes if event.code else [*changes, *self._catalogue_answered(now)]
 
     def _rollback(self, event: RollbackMoved) -> Iterable[Change]:
         if not event.is_undone:
@@ -328,6 +356,17 @@ class Alerts:
         if event.why in CREDENTIALS:
             return self._escalations.raised(Rule.CREDENTIALS_REFUSED, WEBHOOK, now, "FORBIDDEN")
         return NOTHING
+
+    def _audit(self, event: AuditMoved) -> Iterable[Change]:
+        now = self._clock()
+        match event.state:
+            case "failing":
+                return self._escalations.raised(
+                    Rule.AUDIT_FAILED, AUDIT, now, "STORAGE_WRITE_FAILED"
+                )
+            case "damaged":
+                return self._escalations.raised(Rule.AUDIT_DAMAGED, AUDIT, now, DAMAGED)
+        return self._escalations.over(Rule.AUDIT_FAILED, AUDIT, now)
 
     def _daemon(self, event: DaemonMoved) -> Iterable[Change]:
         # Workers that end with hive are no news.
@@ -387,7 +426,18 @@ class Alerts:
 
 
 def _urgency(one: Open) -> tuple[int, float]:
-    return -list(type(one.raised.level)).index(one.raised.level), one.since
+    return -LEVELS.index(one.raised.level), one.since
+
+
+@contextmanager
+def _ungrouped() -> Iterator[None]:
+    try:
+        yield
+    except BaseExceptionGroup as group:
+        error: BaseException = group
+        while isinstance(error, BaseExceptionGroup) and len(error.exceptions) == 1:
+            error = error.exceptions[0]
+        raise error from error.__cause__
 
 
 def _escalated(raised: Raised, began_at: str) -> Escalated:

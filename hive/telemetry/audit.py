@@ -9,7 +9,8 @@ import asyncio
 import os
 import re
 import time
-from collections.abc import Callable, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -34,11 +35,12 @@ from hive.events import (
 )
 from hive.policy.redaction import without_secrets
 from hive.settings import Settings
-from hive.storage.audit import Facts, Journal, News, now
+from hive.storage.audit import STUCK_S, Facts, Journal, News, now
 
 DIRECTORY = "audit"
 LOCAL, HIVE, SIGNAL = "local", "hive", "signal"  # actors that no key has: a key's has a colon
-REFUSALS_S = 60.0  # so often the refused keys of a flood are told
+REFUSALS_S = 60.0  # so often the refused keys of a flood are told, and what failed for a key
+LOOK_S = 1.0  # how often it is looked whether the disk hangs
 MOST_NAMED = 8  # of those that were refused
 MOST_OPEN = 10_000  # requests that something was done in and that have not ended
 STOP = "daemon.stop"  # a life without this record was killed
@@ -68,6 +70,7 @@ ACTIONS: tuple[tuple[str, re.Pattern[str], str], ...] = tuple(
 )
 _OWN = ("/hive/v1/", "/v1/load_lora", "/v1/unload_lora")
 _SIGNALS = {"term": "SIGTERM", "kill": "SIGKILL"}
+_FAILED = 400  # the lowest status of an answer that is an error
 _BAD_STATES = frozenset({"FAILED", "QUARANTINED", "LOST"})
 
 
@@ -93,6 +96,8 @@ class Audit:
         self._refused = 0  # since the last record of them …
         self._refusers: set[str] = set()
         self._refusals_timer: asyncio.TimerHandle | None = None
+        self._failures: dict[str, Counter[str]] = {}  # by key: since its last record of them
+        self._failures_timer: asyncio.TimerHandle | None = None
         self.apply(settings)
 
     def apply(self, settings: Settings) -> None:
@@ -102,6 +107,7 @@ class Audit:
             if known.get(name) != old:
                 self._seen.pop(name, None)
         self._fingerprints = known
+        self._operators = {key.name for key in settings.auth.keys if "admin" in key.scopes}
         self._journal.limit(settings.audit.max_mib, settings.audit.keep)
 
     def hear(self, event: Event) -> None:
@@ -117,6 +123,7 @@ class Audit:
                 self.record(actor, "daemon.stopping", "hive", "ok", {"by": event.by})
             case DaemonMoved(state="listening"):
                 self.record(HIVE, "daemon.listening", "hive", "ok")
+                self._journal.tell_again()  # to what listens since the start, such as metrics
             case DeviceMoved():
                 action = "released" if event.new == "OK" else event.new.lower()
                 self.record(HIVE, f"device.{action}", event.device, event.code or "ok")
@@ -148,6 +155,7 @@ class Audit:
     def close(self) -> None:
         """Tell what is still to be told."""
         self._tell_refusals()
+        self._tell_failures()
 
     # ── workers ─────────────────────────────────────────────────────────────────────────────────
 
@@ -186,6 +194,8 @@ class Audit:
         if event.code == "UNAUTHORIZED" or (event.code == "FORBIDDEN" and event.key is None):
             return  # that is the record of a refused key
         action, target = asked
+        if self._is_one_of_many(event, action, done):
+            return
         actor = self._actor(event.key)
         outcome = f"{event.status} {event.code}" if event.code else str(event.status)
         detail: Facts = {}
@@ -195,6 +205,39 @@ class Audit:
         if event.model and not target:
             target = event.model
         self.record(actor, action, target, outcome, detail, event.request_id)
+
+    def _is_one_of_many(self, event: RequestEnded, action: str, done: Iterable[Event]) -> bool:
+        """Of what fails for a key that is no operator's, only the first of a minute is told alone.
+
+        Else whoever has such a key could fill the log with nothing, until the oldest of it goes.
+        """
+        is_failed = event.status >= _FAILED and all(getattr(one, "code", "") for one in done)
+        if event.key is None or event.key in self._operators or not is_failed:
+            return False
+        if (counted := self._failures.get(event.key)) is None:
+            self._failures[event.key] = Counter()
+            if self._failures_timer is None:
+                self._time_failures()
+            return False
+        what = f"{action} {event.code or event.status}"
+        counted[what if what in counted or len(counted) < MOST_NAMED else "other"] += 1
+        return True
+
+    def _time_failures(self) -> None:
+        loop = asyncio.get_running_loop()
+        self._failures_timer = loop.call_later(self._refusals_s, self._tell_failures)
+
+    def _tell_failures(self) -> None:
+        if self._failures_timer is not None:
+            self._failures_timer.cancel()
+            self._failures_timer = None
+        told = {key: counted for key, counted in self._failures.items() if counted}
+        for key, counted in told.items():
+            detail: Facts = {"count": counted.total(), "failures": dict(counted)}
+            self.record(self._actor(key), "key.failures", key, "aggregated", detail)
+        self._failures = {key: Counter() for key in told}
+        if told:
+            self._time_failures()
 
     def _first_use(self, key: str, today: int, request_id: str) -> None:
         outcome = "first of the day" if key in self._seen else "first since the start"
@@ -276,7 +319,9 @@ def _told(event: Event) -> tuple[Facts, str]:
 
 
 @contextmanager
-def auditing(settings: Settings, announce: Callable[[Event], None]) -> Iterator[Audit]:
+def auditing(
+    settings: Settings, announce: Callable[[Event], None], stuck_s: float = STUCK_S
+) -> Iterator[Audit]:
     """Record while the block runs; its beginning and its end are records, too.
 
     A disk that takes nothing delays the end of it by some seconds, and nothing else.
@@ -290,8 +335,16 @@ def auditing(settings: Settings, announce: Callable[[Event], None]) -> Iterator[
 
     limits = settings.audit
     directory = settings.server.state_dir / DIRECTORY
-    journal = Journal(directory, limits.max_mib, limits.keep, told, stop=STOP)
+    journal = Journal(directory, limits.max_mib, limits.keep, told, stop=STOP, stuck_s=stuck_s)
     audit = Audit(journal, settings)
+    looking: asyncio.TimerHandle
+
+    def look() -> None:
+        nonlocal looking
+        journal.look()
+        looking = loop.call_later(LOOK_S, look)
+
+    look()
     about: dict[str, Any] = {"pid": os.getpid(), "uid": os.getuid(), "version": __version__}
     audit.record(LOCAL, "daemon.start", "hive", "ok", about)
     outcome = "ok"
@@ -304,6 +357,7 @@ def auditing(settings: Settings, announce: Callable[[Event], None]) -> Iterator[
         outcome = _outcome_of(exc)
         raise
     finally:
+        looking.cancel()
         audit.close()
         audit.record(HIVE, STOP, "hive", outcome, {"pid": os.getpid()})
         if unwritten := journal.close():

@@ -67,6 +67,14 @@ _LEVELS = {
     "warning": logging.WARNING,
     "error": logging.ERROR,
 }
+# syslog's numbers (sd-daemon(3))
+_PRIORITIES = {
+    logging.DEBUG: 7,
+    logging.INFO: 6,
+    logging.WARNING: 4,
+    logging.ERROR: 3,
+    logging.CRITICAL: 2,
+}
 # A request without a code is good news; the paths that probes and scrapers ask are noise.
 _QUIET = frozenset({"/livez", "/readyz", "/metrics"})
 
@@ -112,6 +120,7 @@ class Writer(logging.Handler):
         super().__init__()
         self.is_json = is_json
         self._fd = fd
+        self._is_journal = is_journal(fd)
         self._lines: deque[str] = deque()
         self._held = self._dropped = 0
         self._is_closed = self._is_writing = self._is_urgent = False
@@ -124,15 +133,15 @@ class Writer(logging.Handler):
         except Exception:  # noqa: BLE001 (as every handler: a bad log call is no failure of hive)
             self.handleError(record)
             return
-        self.hold(line)
+        self.hold(line, record.levelno)
 
-    def hold(self, line: str, *, is_urgent: bool = True) -> None:
+    def hold(self, line: str, level: int, *, is_urgent: bool = True) -> None:
         """Write a line; one that is not urgent waits up to GATHER_S for others."""
         with self._changed:
             if self._dropped or self._held + len(line) > HELD_CHARS:
                 self._dropped += 1
             else:
-                self._hold(line + "\n", is_urgent=is_urgent)
+                self._hold(self._ranked(line, level), is_urgent=is_urgent)
 
     def tell(self, text: str) -> None:
         """Write lines that are no log lines after those that are; they always fit."""
@@ -172,7 +181,11 @@ class Writer(logging.Handler):
         count, self._dropped = self._dropped, 0
         said = f"{count} log lines were dropped: nobody read them in time"
         record = logging.LogRecord("hive", logging.WARNING, "", 0, said, (), None)
-        return self.format(record) + "\n"
+        return self._ranked(self.format(record), record.levelno)
+
+    def _ranked(self, line: str, level: int) -> str:
+        """As the journal wants it: it takes the number off, and `journalctl -p` filters by it."""
+        return f"<{_PRIORITIES.get(level, 6)}>{line}\n" if self._is_journal else f"{line}\n"
 
     def _write(self) -> None:
         while (text := self._next()) is not None:
@@ -202,6 +215,15 @@ class Writer(logging.Handler):
 
     def __repr__(self) -> str:
         return f"<Writer {len(self._lines)} lines held, {self._dropped} dropped>"
+
+
+def is_journal(fd: int) -> bool:
+    """Whether what is written there goes to systemd's journal (systemd.exec(5), JOURNAL_STREAM)."""
+    try:
+        there = os.fstat(fd)
+    except OSError:
+        return False
+    return os.environ.get("JOURNAL_STREAM") == f"{there.st_dev}:{there.st_ino}"
 
 
 def tell(text: str) -> None:
@@ -280,8 +302,8 @@ def write(event: Event) -> None:
             bad = event.new in ("FAILED", "QUARANTINED", "LOST")
             log.log(logging.ERROR if bad else logging.INFO, "worker moved", **asdict(event))
         case WorkerExited():
-            level = logging.INFO if event.asked else logging.ERROR
-            log.log(level, "engine exited", **asdict(event))
+            is_wanted = event.asked and event.cause == "asked"  # not so one that hung
+            log.log(logging.INFO if is_wanted else logging.ERROR, "engine exited", **asdict(event))
         case WorkerRestartPlanned():
             log.warning("worker restarts", **asdict(event))
         case WorkerEnded():
@@ -435,7 +457,7 @@ def _write_access(event: RequestEnded) -> None:
     )
     writer = root.handlers[0] if root.handlers else None
     if isinstance(writer, Writer) and writer.is_json:
-        writer.hold(_encode(line).decode(), is_urgent=False)
+        writer.hold(_encode(line).decode(), level, is_urgent=False)
         return
     facts = msgspec.to_builtins(line)
     for own in ("event", "level", "logger", "timestamp"):

@@ -8,13 +8,13 @@ from functools import lru_cache, partial
 from typing import Any, Protocol, TypeVar
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
-from prometheus_client.exposition import CONTENT_TYPE_LATEST, generate_latest
 
 from hive.devices.faults import XIDS
 from hive.devices.watch import Condition, Receipt
 from hive.errors import Family, RequestCancelled, Severity, by_code
 from hive.events import (
     AlertTried,
+    AuditMoved,
     BreakerMoved,
     ConnectionRefused,
     DeviceMoved,
@@ -384,6 +384,16 @@ class Metrics:
             ["outcome"],
             registry=r,
         )
+        self.audit_failing = Gauge(
+            "hive_audit_failing",
+            "Whether the audit log cannot be written, or an old file of it not removed: 1 yes, 0 no.",
+            registry=r,
+        )
+        self.audit_damaged = Gauge(
+            "hive_audit_damaged",
+            "Whether this hive has found the audit log not to be as it was left: 1 yes, 0 no.",
+            registry=r,
+        )
         for level in Severity:
             self._of(self.escalations, str(level))
         for outcome in ("sent", "dropped"):
@@ -525,6 +535,10 @@ class Metrics:
                 self._of(self.escalations, event.level).inc()
             case ServiceLevelMoved():
                 self.service_level.set(ServiceLevel[event.new.upper()])
+            case AuditMoved(state="damaged"):
+                self.audit_damaged.set(1)
+            case AuditMoved():
+                self.audit_failing.set(event.state == "failing")
             case OutboxCounted():
                 self.outbox_waiting.set(event.waiting)
             case AlertTried():
@@ -572,10 +586,6 @@ class Metrics:
     def _set_device_state(self, device: str, now: Condition) -> None:
         for state in Condition:
             self._of(self.device_state, device, str(state)).set(state is now)
-
-    def text(self) -> tuple[bytes, str]:
-        """The exposition and its content type."""
-        return generate_latest(self.registry), CONTENT_TYPE_LATEST
 
     @asynccontextmanager
     async def measuring_lag(self, clock: Callable[[], float] | None = None) -> AsyncIterator[None]:

@@ -4,6 +4,9 @@ What counts as queued is on disk (storage/outbox) and is sent once: the row is m
 answer. Only who is killed between the two sends it again, the same bytes under the same id. A disk
 that is full or hangs is told and tried again; what it cannot keep is sent all the same, from memory.
 Neither the disk nor the webhook is ever waited for by anything else of hive.
+
+What is open is repeated every REPEAT_S, as Alertmanager wants it of its clients: it keeps alerts in
+memory. A repeat is no message: it is not written down, has no id and is not tried again.
 """
 
 import asyncio
@@ -43,9 +46,13 @@ LEAST_S = 1.0  # between two tries, whatever is heard meanwhile
 SAVE_S = 2.0  # for the disk; what takes longer is not waited for
 AGAIN_S = 5.0  # until a disk that failed is tried again
 END_S = 3.0  # that hive's end gives what is still to be written and sent
-LASTS = timedelta(days=30)  # an Alertmanager forgets an alert then that nobody told to be over
+REPEAT_S = 120.0  # what is open is told again; less than the 5 minutes after which it would lapse
+LASTS = timedelta(seconds=5 * REPEAT_S)  # what was repeated, without another repeat
+# What is open when hive ends: nobody repeats it, and that hive is gone does not make it over.
+LASTS_ALONE = timedelta(days=30)
 ANSWER_BYTES = 4096  # of an answer's body; nobody reads them
 TOKEN_BYTES = 4096
+REPEATED = "X-Hive-Repeat"  # has no delivery: whoever wants each thing once leaves it out
 TOLD = 20  # of the messages that are done
 WEBHOOK = Subject("webhook")
 CREDENTIALS = ("HTTP 401", "HTTP 403")
@@ -82,6 +89,10 @@ class Outbox:
         self._coming: list[Message] = []  # that the disk was not offered yet
         self._waiting: list[Message] = []  # in order
         self._alerts: dict[str, dict[str, Any]] = {}  # that the webhook is to be told the end of
+        self._earlier: dict[str, dict[str, Any]] = {}  # such of an earlier life, as it left them
+        # Whose end is on its way, or was dropped: its delivery, and the alert that it ends.
+        self._ending: dict[str, tuple[str, dict[str, Any]]] = {}
+        self._looks_anew = False
         self._number = 0
         # What the file does not have yet.
         self._unsaved: dict[str, Message] = {}
@@ -91,6 +102,8 @@ class Outbox:
         self._disk_failed = ""  # why, where the disk failed last
         self._failures = 0  # of the webhook, one after the other
         self._next_try_at = 0.0  # seconds since 1970
+        self._repeat_at = 0.0  # monotonic
+        self._repeat_failed = False
         self._news = asyncio.Event()
         self._work = asyncio.Event()
         self._fresh = asyncio.Event()  # something that was never tried
@@ -111,35 +124,48 @@ class Outbox:
         """Keep what is to be sent; costs nothing for any other event."""
         if not self.is_on or not isinstance(event, Escalated | EscalationResolved):
             return
-        if LEVELS.index(Severity(event.level)) < self._least or event.subject == str(WEBHOOK):
+        if event.subject == str(WEBHOOK):
             return  # that the webhook refuses hive cannot be told to it
+        if isinstance(event, Escalated) and LEVELS.index(Severity(event.level)) < self._least:
+            return  # the end of what was sent is told, whatever the level is by then
         self._heard.append(event)
         self._news.set()
         self._fresh.set()
 
     @asynccontextmanager
     async def running(self) -> AsyncIterator[None]:
-        """Send while the block runs; at its end END_S more for what is not written or sent yet.
-
-        What an earlier life of hive told the webhook is told to be over: this one looks anew.
-        """
+        """Send while the block runs; at its end END_S more for what is not written or sent yet."""
         if not self.is_on:
             yield
             return
         self._news.set()  # what an earlier life has left
-        async with self._session() as session, asyncio.TaskGroup() as tasks:
-            working = [
-                tasks.create_task(_for_ever(self._saving), name="outbox: save"),
-                tasks.create_task(_for_ever(partial(self._sending, session)), name="outbox: send"),
-            ]
-            try:
-                yield
-            finally:
-                await self._finished()
-                for one in working:
-                    one.cancel()
-        async with self._turn:
-            await self._in_thread(self._file.close)
+        self._repeat_at = time.monotonic() + REPEAT_S
+        try:
+            async with self._session() as session, asyncio.TaskGroup() as tasks:
+                working = [
+                    tasks.create_task(_for_ever(self._saving), name="outbox: save"),
+                    tasks.create_task(
+                        _for_ever(partial(self._sending, session)), name="outbox: send"
+                    ),
+                ]
+                try:
+                    yield
+                finally:
+                    await self._finished()
+                    for one in working:
+                        one.cancel()
+                    await asyncio.wait(working)
+                    if not self._waiting:
+                        await self._repeat(session, LASTS_ALONE, END_S)
+        finally:
+            async with self._turn:
+                await self._in_thread(self._file.close)
+
+    def look_anew(self) -> None:
+        """From now on hive finds what is so: what an earlier life has left open, and is not so
+        again, is told to be over."""
+        self._looks_anew = True
+        self._news.set()
 
     async def view(self) -> dict[str, Any]:
         """For operators: what waits, and why; never the URL."""
@@ -164,28 +190,31 @@ class Outbox:
     # ── messages ────────────────────────────────────────────────────────────────────────────────
 
     def _take(self, event: Escalated | EscalationResolved) -> None:
-        key = f"{event.rule}:{event.subject}"
+        key = _key(event)
         if isinstance(event, Escalated):
             alert = _alert(event, self._settings)
             self._alerts[key] = alert
             self._opened[key] = json.dumps(alert)
             self._closed.discard(key)
+            self._earlier.pop(key, None)
+            self._ending.pop(key, None)
             self._add(event.rule, event.subject, event.level, alert, is_resolved=False)
         elif key in self._alerts:
-            self._resolve(key, event.rule, event.subject, event.level, "")
+            self._resolve(self._alerts.pop(key), event.rule, event.subject, event.level)
 
-    def _resolve(self, key: str, rule: str, subject: str, level: str, why: str) -> None:
-        alert = self._alerts.pop(key)
-        self._opened.pop(key, None)
-        self._closed.add(key)
-        alert = {**alert, "endsAt": _stamp(datetime.now(UTC))}
+    def _resolve(
+        self, alert: dict[str, Any], rule: str, subject: str, level: str, why: str = ""
+    ) -> None:
+        """Queue its end; it is open in the file until that was sent."""
+        end = {**alert, "endsAt": _stamp(datetime.now(UTC))}
         if why:
-            alert["annotations"] = {**alert["annotations"], "resolved": why}
-        self._add(rule, subject, level, alert, is_resolved=True)
+            end["annotations"] = {**alert["annotations"], "resolved": why}
+        message = self._add(rule, subject, level, end, is_resolved=True)
+        self._ending[_key(message)] = message.delivery, alert
 
     def _add(
         self, rule: str, subject: str, level: str, alert: dict[str, Any], *, is_resolved: bool
-    ) -> None:
+    ) -> Message:
         self._number = max(self._number + 1, time.time_ns())
         message = Message(
             delivery=secrets.token_hex(16),
@@ -199,6 +228,7 @@ class Outbox:
         )
         self._coming.append(message)
         self._unsaved[message.delivery] = message
+        return message
 
     def _queue(self) -> None:
         """What was offered to the disk may be sent; what is too much is dropped."""
@@ -219,6 +249,16 @@ class Outbox:
         message.state = how
         self._waiting.remove(message)
         self._unsaved[message.delivery] = message
+        key = _key(message)
+        if how is Progress.SENT and self._ending.get(key, ("",))[0] == message.delivery:
+            del self._ending[key]
+            self._opened.pop(key, None)
+            self._closed.add(key)
+        done = [one for one in self._unsaved.values() if one.state is not Progress.WAITING]
+        # A disk that fails for long has never had the newest: those that it has are older, and the
+        # next life would send them again.
+        for one in sorted(done, key=lambda one: one.number)[self._settings.max_waiting :]:
+            del self._unsaved[one.delivery]
 
     def _tell(self, message: Message, outcome: Tried) -> None:
         self._announcer.announce(
@@ -260,11 +300,13 @@ class Outbox:
                 kept = await self._in_thread(self._file.read)
             if kept is not None:
                 self._adopt(kept)
+        if self._is_read and self._looks_anew:
+            self._end_what_was()
         await self._write_if_read()
         self._queue()
 
     def _adopt(self, kept: Kept) -> None:
-        """What an earlier life has left goes first; what it told is over."""
+        """What an earlier life has left goes first; what it told is open until hive looks anew."""
         self._is_read = True
         if kept.set_aside:
             log.error(
@@ -273,18 +315,27 @@ class Outbox:
             )
         self._waiting[:0] = kept.waiting
         self._number = max([self._number, *(one.number for one in kept.waiting)])
+        ends = {_key(one): one for one in kept.waiting}  # the last of each
         for key, text in kept.open.items():
-            if key in self._alerts:
+            if key in self._alerts or key in self._ending:
                 continue  # it is so again
-            rule, _, subject = key.partition(":")
             try:
                 alert = json.loads(text)
-                level = Severity(alert["labels"]["severity"])
+                Severity(alert["labels"]["severity"])
             except (ValueError, KeyError, TypeError):  # not as hive writes it
                 self._closed.add(key)
                 continue
-            self._alerts[key] = alert
-            self._resolve(key, rule, subject, level, "hive was started anew, and looks anew")
+            if key in ends and ends[key].is_resolved:
+                self._ending[key] = ends[key].delivery, alert
+            else:
+                self._earlier[key] = alert
+
+    def _end_what_was(self) -> None:
+        for key, alert in self._earlier.items():
+            rule, _, subject = key.partition(":")
+            level = alert["labels"]["severity"]
+            self._resolve(alert, rule, subject, level, "hive was started anew, and looks anew")
+        self._earlier.clear()
 
     async def _write(self) -> None:
         """All that the file does not have, in one transaction."""
@@ -336,7 +387,9 @@ class Outbox:
         self._working = asyncio.ensure_future(in_its_own_thread(self._file.put_aside))
         await asyncio.wait({self._working}, timeout=SAVE_S)
         self._unsaved |= {one.delivery: one for one in self._waiting}
-        self._opened = {key: json.dumps(alert) for key, alert in self._alerts.items()}
+        ending = {key: alert for key, (_, alert) in self._ending.items()}
+        known = self._earlier | ending | self._alerts
+        self._opened = {key: json.dumps(alert) for key, alert in known.items()}
 
     def _came_back(self, writing: "asyncio.Future[Any]") -> None:
         if not writing.cancelled():
@@ -363,8 +416,14 @@ class Outbox:
         )
 
     async def _sending(self, session: aiohttp.ClientSession) -> None:
-        """The next message, once there is one."""
-        await self._work.wait()
+        """The next message, once there is one; or a repeat, once it is time."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout_at(self._repeat_at):
+                await self._work.wait()
+        # A webhook that does not take what waits is not asked for more.
+        if time.monotonic() >= self._repeat_at and not (self._waiting and self._failures):
+            await self._repeat(session, LASTS, self._settings.timeout_s)
+            return
         if not self._waiting:
             self._work.clear()
             return
@@ -373,23 +432,47 @@ class Outbox:
         message.attempts += 1
         await self._tried(message, *await self._attempt(session, message))
 
+    async def _repeat(
+        self, session: aiohttp.ClientSession, lasts: timedelta, timeout_s: float
+    ) -> None:
+        """Say in one list what is open, but for what a message is on its way about."""
+        self._repeat_at = time.monotonic() + REPEAT_S
+        on_its_way = {_key(one) for one in (*self._waiting, *self._coming, *self._heard)}
+        ends_at = _stamp(datetime.now(UTC) + lasts)
+        alerts = [
+            {**alert, "endsAt": ends_at}
+            for key, alert in (self._earlier | self._alerts).items()
+            if key not in on_its_way
+        ]
+        if not alerts:
+            return
+        how, why = await self._post(session, json.dumps(alerts), {REPEATED: "true"}, timeout_s)
+        if how is not Tried.SENT and not self._repeat_failed:
+            log.warning("what is open could not be told again to the alerts' webhook (%s)", why)
+        self._repeat_failed = how is not Tried.SENT
+
     async def _attempt(self, session: aiohttp.ClientSession, message: Message) -> tuple[Tried, str]:
-        """What came of it, and why it was not taken: never a host, a path or what was answered."""
         headers = {"Idempotency-Key": message.delivery, "X-Hive-Delivery": message.delivery}
+        return await self._post(session, message.body, headers, self._settings.timeout_s)
+
+    async def _post(
+        self, session: aiohttp.ClientSession, body: str, headers: dict[str, str], timeout_s: float
+    ) -> tuple[Tried, str]:
+        """What came of it, and why it was not taken: never a host, a path or what was answered."""
         try:
             if token := self._token():
                 headers["Authorization"] = f"Bearer {token}"
             async with session.post(
                 self._url,
-                data=message.body.encode(),
+                data=body.encode(),
                 headers=headers,
                 allow_redirects=False,
-                timeout=aiohttp.ClientTimeout(total=self._settings.timeout_s),
+                timeout=aiohttp.ClientTimeout(total=timeout_s),
             ) as answer:
                 await answer.content.read(ANSWER_BYTES)
                 status = answer.status
         except TimeoutError:
-            return Tried.FAILED, f"no answer within {self._settings.timeout_s:g} s"
+            return Tried.FAILED, f"no answer within {timeout_s:g} s"
         except (aiohttp.ClientError, OSError, ValueError) as exc:
             return Tried.FAILED, _reason(exc)
         if 200 <= status < 300:  # noqa: PLR2004
@@ -424,6 +507,8 @@ class Outbox:
         if message in self._waiting:  # it may have made room meanwhile
             self._done(message, Progress.SENT if outcome is Tried.SENT else Progress.DROPPED)
         await self._write_if_read()
+        if self._is_unsaved:
+            self._news.set()  # who saves tries it again, as long as it takes
         self._tell(message, outcome)
 
     async def _pause(self, seconds: float) -> None:
@@ -466,6 +551,10 @@ class Outbox:
         return f"<Outbox {len(self._waiting)} waiting, {len(self._unsaved)} not on disk>"
 
 
+def _key(about: Message | Escalated | EscalationResolved) -> str:
+    return f"{about.rule}:{about.subject}"
+
+
 async def _for_ever(step: Callable[[], Awaitable[None]]) -> None:
     """The boundary of the outbox's tasks: what nobody foresaw ends neither them nor hive."""
     while True:
@@ -485,7 +574,7 @@ def alert_name(rule: str) -> str:
 
 
 def _alert(event: Escalated, settings: Alerts) -> dict[str, Any]:
-    """As Alertmanager's API v2 takes it. It ends by itself only where nobody says that it has."""
+    """As Alertmanager's API v2 takes it. It has no end: it may be long on its way."""
     name = alert_name(event.rule)
     labels = {
         **settings.labels,
@@ -511,7 +600,6 @@ def _alert(event: Escalated, settings: Alerts) -> dict[str, Any]:
             "timestamp": event.began_at,
         },
         "startsAt": _stamp(began),
-        "endsAt": _stamp(began + LASTS),
     }
 
 

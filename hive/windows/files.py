@@ -561,6 +561,8 @@ def full(on: Path, needed: int) -> InsufficientDisk:
         told += f", {needed - free:,} too little"
     elif about.f_files and not about.f_favail:
         told += ", but its inodes are used up"
+    else:
+        told += ", but it takes no more: a quota, perhaps, or what was there was taken meanwhile"
     return InsufficientDisk(
         f"The disk under server.state_dir is full: {told}.",
         action="Free space there, or delete old windows with 'hive window delete'.",

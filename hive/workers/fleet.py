@@ -362,7 +362,11 @@ class Fleet:
     def worker(self, worker_id: str) -> Worker:
         found = {worker.id: worker for worker in self.everyone()}
         if worker_id not in found:
-            raise NotFound("There is no such worker.", allowed=sorted(found))
+            raise NotFound(
+                f"There is no such worker; there are: {', '.join(sorted(found))}.",
+                action="Use one of these ids; 'hive worker list' shows them.",
+                allowed=sorted(found),
+            )
         return found[worker_id]
 
     def door(self, model: str) -> Door:

@@ -76,6 +76,9 @@ def test_a_changed_record_is_named(
 def test_an_empty_directory_has_nothing_wrong(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    assert run(["audit", "verify", "--state-dir", str(tmp_path)]) == 1
+    assert "there is no audit log" in capsys.readouterr().err  # a wrong name, say
+    (tmp_path / "audit").mkdir()
     assert run(["audit", "verify", "--state-dir", str(tmp_path)]) == 0
     assert capsys.readouterr().out == "0 records in 0 files are whole and in order\n"
 

@@ -28,8 +28,13 @@ class Delivery:
 
     @property
     def alert(self) -> Any:
-        (alert,) = json.loads(self.body)
+        (alert,) = self.alerts
         return alert
+
+    @property
+    def alerts(self) -> list[Any]:
+        found: list[Any] = json.loads(self.body)
+        return found
 
     @property
     def name(self) -> str:
@@ -41,7 +46,7 @@ class Webhook:
     """Answers `status` to everything, until somebody says otherwise.
 
     `arrived` is called with the number of a delivery before it is answered, `answered` afterwards;
-    what they raise breaks the connection off.
+    what they raise breaks the connection off. A repeat of what is open is no delivery.
     """
 
     status: int = 200
@@ -51,6 +56,7 @@ class Webhook:
     arrived: Callable[[int], None] = lambda _number: None
     answered: Callable[[int], None] = lambda _number: None
     deliveries: list[Delivery] = field(default_factory=list)
+    repeats: list[Delivery] = field(default_factory=list)
     port: int = 0
     _server: ThreadingHTTPServer | None = None
     _thread: threading.Thread | None = None
@@ -103,10 +109,12 @@ class Webhook:
         length = int(request.headers["Content-Length"])
         headers = {name.lower(): value for name, value in request.headers.items()}
         delivery = Delivery(request.path, headers, request.rfile.read(length))
-        self.deliveries.append(delivery)
-        number = len(self.deliveries)
+        is_repeat = "x-hive-repeat" in headers
+        (self.repeats if is_repeat else self.deliveries).append(delivery)
+        number = 0 if is_repeat else len(self.deliveries)
         try:
-            self.arrived(number)
+            if number:
+                self.arrived(number)
             is_known = not self.token or headers.get("authorization") == f"Bearer {self.token}"
             delivery.status = self.status if is_known else 401
             request.send_response(delivery.status)
@@ -116,7 +124,8 @@ class Webhook:
             request.end_headers()
             request.wfile.write(self.answer)
             request.wfile.flush()
-            self.answered(number)
+            if number:
+                self.answered(number)
         except (ConnectionError, Broken):
             request.close_connection = True
             with contextlib.suppress(OSError):

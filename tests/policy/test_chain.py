@@ -93,6 +93,15 @@ def test_what_is_wrong_is_said_where_it_is(change: Any, index: int, words: str) 
     assert walked(lines[:index]).index + 1 == index
 
 
+@pytest.mark.parametrize("power", range(4, 18))
+def test_what_nests_too_deeply_is_wrong_too(power: int) -> None:
+    """Also where it can be read, and not be written again."""
+    line = b'{"a": ' + b"[" * 2**power + b"]" * 2**power + b"}\n"
+
+    with pytest.raises(Broken):
+        opened(line)
+
+
 def test_a_record_of_somebody_elses_chain_does_not_fit() -> None:
     mine, other = chained([{"a": 1}, {"a": 2}]), chained([{"b": 1}, {"b": 2}])
 

@@ -252,8 +252,29 @@ def test_a_catalogue_that_is_away_for_more_than_five_minutes_is_critical() -> No
     assert it.catalogue(subject, DOWN_S, is_away=True) == ()
     it.catalogue(subject, DOWN_S, is_away=False)
     assert it.catalogue(subject, DOWN_S + 1, is_away=True) == ()
+    assert it.catalogue(subject, 2 * DOWN_S, is_away=True) == ()
     assert rules(it.catalogue(subject, 2 * DOWN_S + 2, is_away=True)) == [Rule.CATALOGUE_DOWN]
     assert over(it.catalogue(subject, 2 * DOWN_S + 3, is_away=False)) == [Rule.CATALOGUE_DOWN]
+
+
+def test_two_failures_of_the_catalogue_far_apart_tell_nothing_of_the_time_between() -> None:
+    it, subject = escalations(), Subject("catalogue")
+    for hour in range(10):
+        assert it.catalogue(subject, hour * 3600.0, is_away=True) == ()
+    for at in range(0, int(DOWN_S) + 1, 60):
+        assert it.catalogue(subject, 40_000.0 + at, is_away=True) == ()
+    assert rules(it.catalogue(subject, 40_000.0 + DOWN_S + 1, is_away=True)) == [
+        Rule.CATALOGUE_DOWN
+    ]
+
+
+def test_a_catalogue_that_nobody_asks_in_vain_any_more_is_over() -> None:
+    """Requests that it answered within a session are not told: it would stay open for ever."""
+    it, subject = escalations(), Subject("catalogue")
+    for at in (0.0, DOWN_S, DOWN_S + 1, DOWN_S + 50):
+        it.catalogue(subject, at, is_away=True)
+    assert over(it.look(DOWN_S + 50 + WINDOW_S - 1)) == []
+    assert over(it.look(DOWN_S + 50 + WINDOW_S)) == [Rule.CATALOGUE_DOWN]
 
 
 # ── levels, codes, actions ──────────────────────────────────────────────────────────────────────

@@ -5,6 +5,7 @@ import errno
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -16,11 +17,12 @@ from hypothesis import strategies as st
 
 from hive.policy.chain import START, Link, opened
 from hive.storage import audit
-from hive.storage.audit import ACTIVE, HEAD, Facts, Journal, News, page, verify
+from hive.storage.audit import ACTIVE, HEAD, MOST_LINE, Facts, Journal, News, page, verify
 from tests.doubles.fs import Faults, Rule
 from tests.patience import wait_until
 
 SMALL = 0.001  # MiB: a rotation every few records
+DEEP = b"[" * 4096  # nests deeper than can be read
 
 
 def facts(number: int) -> Facts:
@@ -277,15 +279,17 @@ def test_a_record_that_was_written_before_its_head_stays(directory: Path) -> Non
         (lambda d: (d / ACTIVE).unlink(), "line 1, index 0: the end is missing"),
         (lambda d: (d / HEAD).unlink(), "head.json: it is missing"),
         (lambda d: (d / HEAD).write_bytes(b"{}"), "head.json: it was changed"),
+        (lambda d: (d / HEAD).write_bytes(DEEP), "head.json: it was changed"),
+        (lambda d: _cut(d, 3, is_head_cut=True), "head.json: it is missing"),
     ],
 )
 def test_what_was_changed_is_kept_and_told_and_never_healed(
     directory: Path, change: Callable[[Path], object], words: str
 ) -> None:
     written(directory, 6)
-    before = audit.read_head(directory)
     change(directory)
     files = texts(directory)
+    assert verify(directory).problem
 
     (news,) = written(directory, 2)
 
@@ -294,10 +298,140 @@ def test_what_was_changed_is_kept_and_told_and_never_healed(
     assert "chain.damaged" in actions(directory)
     if ACTIVE in files:  # as it was, under another name or at the beginning of the same
         assert any(text.startswith(files[ACTIVE]) for text in texts(directory).values())
-    if "head.json" not in words:
-        assert verify(directory).problem
-        assert audit.read_head(directory).index == before.index + 3
     assert written(directory, 1) == []  # it was told
+    assert verify(directory).problem
+    last = page(directory, 1)[0]["index"]
+    assert audit.read_head(directory).index == last
+
+
+def test_the_record_by_which_hive_told_is_what_verify_names(directory: Path) -> None:
+    """A tail and the head are gone: what is left is a chain without a flaw."""
+    written(directory, 6)
+    _cut(directory, 3, is_head_cut=True)
+    written(directory, 2)
+
+    problem = verify(directory).problem
+    assert problem
+    assert (problem.file, problem.line, problem.index) == (ACTIVE, 4, 3)
+    assert problem.what == "here hive told of it: head.json: it is missing"
+
+
+def test_what_nobody_thought_of_is_told_and_tried_again(
+    directory: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The thread does not end by it, and nothing is lost."""
+    real, left = audit._begins_with_damage, [1, 2, 3]
+
+    def fails(path: Path) -> bool:
+        if left:
+            left.pop()
+            raise RuntimeError("of a kind that nobody has met")
+        return real(path)
+
+    monkeypatch.setattr(audit, "_begins_with_damage", fails)
+    news: list[News] = []
+    journal = Journal(directory, 10, 10, news.append, retry_s=0.01)
+    journal.put(facts(0))
+    wait_until(lambda: len(news) == 2, "writing again")
+    assert journal.close() == 0
+
+    assert [(one.state, one.reason) for one in news] == [
+        ("failing", "RuntimeError"),
+        ("writing", "RuntimeError"),
+    ]
+    assert actions(directory) == ["chain.gap", "n0"]
+
+
+# ── what would be removed ───────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda path: path.write_bytes(path.read_bytes().replace(b'"n', b'"m', 1)), "was changed"),
+        (lambda path: path.write_bytes(path.read_bytes()[:-9] + b"0" * 6 + b'"}\n'), "was changed"),
+        (lambda path: path.write_bytes(b"".join(_lines(path)[:-1])), "it does not lead to"),
+        (lambda path: path.write_bytes(b"".join(_lines(path)[1:])), "it does not lead to"),
+        (lambda path: (path.unlink(), path.symlink_to("elsewhere")), "cannot be read"),
+    ],
+    ids=["begins otherwise", "ends otherwise", "cut at its end", "cut at its beginning", "no file"],
+)
+def test_an_old_file_that_was_changed_is_never_removed(
+    directory: Path, change: Callable[[Path], object], words: str
+) -> None:
+    """It is told, once, and what is whole goes as always, but for what must lead to it."""
+    written(directory, 30, SMALL, keep=100)
+    older = sorted(directory.glob("audit-*"))
+    change(older[1])
+    text = older[1].read_bytes() if older[1].is_file() else None
+
+    kept = Kept(directory, SMALL, keep=3)
+    kept.write(20)
+    kept.end()
+
+    assert {one.state for one in kept.news} == {"damaged"}
+    assert older[1].name in kept.news[0].reason
+    assert words in kept.news[0].reason
+    of_files = [one.reason.split(":")[0].split(",")[0] for one in kept.news]
+    assert len(of_files) == len(set(of_files))
+    assert not older[2].exists()
+    if text is None:
+        assert older[1].is_symlink()
+    else:
+        assert older[1].read_bytes() == text
+        assert actions(directory).count("chain.damaged") == len(of_files)
+        assert verify(directory).problem
+
+
+def _lines(path: Path) -> list[bytes]:
+    return path.read_bytes().splitlines(keepends=True)
+
+
+def test_what_was_set_aside_and_the_record_that_tells_so_are_never_removed(
+    directory: Path,
+) -> None:
+    """A flood of records does not push them out, and nobody is called again for it."""
+    written(directory, 3)
+    _edit(directory, ACTIVE, b"n1", b"xx")
+    text = (directory / ACTIVE).read_bytes()
+    assert len(written(directory, 1)) == 1
+
+    assert written(directory, 60, SMALL, keep=2) == []
+
+    assert text in texts(directory).values()
+    assert any(b'"chain.damaged"' in one for one in texts(directory).values())
+    assert len(list(directory.glob("audit-*"))) == 4
+    assert verify(directory).problem
+
+
+def test_a_file_that_cannot_be_removed_is_told_once_and_tried_again(
+    directory: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The log does not fill with attempts, and is whole meanwhile."""
+    first, real, tried = "audit-000000000000.jsonl", Path.unlink, []
+
+    def unlink(path: Path, missing_ok: bool = False) -> None:
+        if path.name == first:
+            tried.append(path)
+            raise PermissionError(errno.EPERM, os.strerror(errno.EPERM), str(path))
+        real(path, missing_ok)
+
+    kept = Kept(directory, SMALL, keep=2)
+    monkeypatch.setattr(Path, "unlink", unlink)
+    kept.write(60)
+    what = f"{first} cannot be removed: {os.strerror(errno.EPERM)}"
+    assert len(tried) > 2
+    assert kept.news == [News("failing", what)]
+    assert verify(directory).problem is None
+    assert (directory / first).exists()
+    assert len(actions(directory)) <= 60 + len(list(directory.glob("audit-*")))
+
+    monkeypatch.setattr(Path, "unlink", real)
+    kept.write(10)
+    kept.end()
+    assert kept.news[1:] == [News("writing", what)]
+    assert verify(directory).problem is None
+    assert len(list(directory.glob("audit-*"))) == 2
 
 
 def test_a_file_that_is_changed_under_hives_hand_is_noticed(directory: Path) -> None:
@@ -323,21 +457,65 @@ def test_a_file_that_is_removed_under_hives_hand_is_noticed(directory: Path) -> 
     assert actions(directory)[-1] == "n0"
 
 
+def test_a_file_that_is_moved_away_or_replaced_is_noticed_and_the_chain_goes_on(
+    directory: Path,
+) -> None:
+    kept = Kept(directory)
+    kept.write(3)
+    (directory / ACTIVE).rename(directory.parent / "moved")
+    (directory / ACTIVE).write_bytes((directory.parent / "moved").read_bytes())
+    kept.write(1)
+    kept.end()
+
+    assert [one.state for one in kept.news] == ["damaged"]
+    assert "moved, replaced or removed while hive wrote it" in kept.news[0].reason
+    assert actions(directory)[-2:] == ["chain.damaged", "n0"]
+    assert verify(directory).problem
+
+
+def test_a_directory_that_is_removed_while_hive_runs_does_not_verify_as_a_new_one(
+    directory: Path,
+) -> None:
+    kept = Kept(directory)
+    kept.write(3)
+    shutil.rmtree(directory)
+    kept.write(1)
+    kept.end()
+
+    assert [one.state for one in kept.news] == ["damaged"]
+    assert [one["index"] for one in reversed(page(directory, 10))] == [3, 4]
+    assert verify(directory).problem
+    again = Kept(directory)
+    again.write(1)
+    again.end()
+    assert verify(directory).problem  # and no later life heals it
+
+
+def test_a_line_longer_than_any_is_given_up_at_once(directory: Path) -> None:
+    written(directory, 3)
+    with (directory / ACTIVE).open("ab") as file:
+        file.write(b"x" * (MOST_LINE * 20) + b"\n")
+
+    assert page(directory, 10) == []
+
+
 def _edit(directory: Path, name: str, old: bytes, new: bytes) -> None:
     path = directory / name
     path.write_bytes(path.read_bytes().replace(old, new))
 
 
-def _cut(directory: Path, lines: int) -> None:
+def _cut(directory: Path, lines: int, is_head_cut: bool = False) -> None:
     path = directory / ACTIVE
     path.write_bytes(b"".join(path.read_bytes().splitlines(keepends=True)[:lines]))
+    if is_head_cut:
+        (directory / HEAD).unlink()
 
 
 # ── a disk that fails ───────────────────────────────────────────────────────────────────────────
 
 # Writes a record for each line that it reads, numbered; prints what the journal tells.
 WRITER = """
-import sys
+import sys, threading, time
 from pathlib import Path
 from hive.storage.audit import Journal
 
@@ -346,7 +524,14 @@ def told(news):
     print(news.state, news.reason, news.late, news.lost, sep="|", flush=True)
 
 
-kept = Journal(Path(sys.argv[1]), 10, 10, told, retry_s=0.05)
+def look():
+    while True:
+        kept.look()
+        time.sleep(0.01)
+
+
+kept = Journal(Path(sys.argv[1]), 10, 10, told, retry_s=0.05, stuck_s=float(sys.argv[2]))
+threading.Thread(target=look, daemon=True).start()
 for line in sys.stdin:
     for _ in range(int(line)):
         kept.put({"action": "n"})
@@ -357,9 +542,9 @@ print("left", kept.close(1.0), flush=True)
 class Writer:
     """A process that writes, on a disk whose faults are `faults`."""
 
-    def __init__(self, directory: Path, faults: Faults) -> None:
+    def __init__(self, directory: Path, faults: Faults, stuck_s: float = 60.0) -> None:
         self.process = subprocess.Popen(
-            [*faults.starter, sys.executable, "-c", WRITER, str(directory)],
+            [*faults.starter, sys.executable, "-c", WRITER, str(directory), str(stuck_s)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
@@ -396,8 +581,13 @@ def faults(tmp_path: Path) -> Faults:
 
 
 @pytest.fixture
-def writer(directory: Path, faults: Faults) -> Iterator[Writer]:
-    it = Writer(directory, faults)
+def stuck_s() -> float:
+    return 60.0
+
+
+@pytest.fixture
+def writer(directory: Path, faults: Faults, stuck_s: float) -> Iterator[Writer]:
+    it = Writer(directory, faults, stuck_s)
     yield it
     it.kill()
 
@@ -488,6 +678,43 @@ def test_a_disk_that_hangs_holds_nobody_up(directory: Path, faults: Faults, writ
         writer.put(1000)  # returns
 
         assert writer.end() == f"left {1000}"
+
+
+@pytest.mark.parametrize("stuck_s", [0.2])
+def test_a_disk_that_hangs_is_told_and_the_gap_is_a_record(
+    directory: Path, faults: Faults, writer: Writer
+) -> None:
+    writer.put(1)
+    wait_until(lambda: lines_of(directory) == 1, "a record")
+    with faults.on(Rule("*/audit.jsonl", "sync", delay_s=1.0, most=1)):
+        writer.put(1)
+        assert writer.says() == f"failing|{audit.HANGS}|0|0"
+        writer.put(3)
+
+        assert writer.says() == f"writing|{audit.HANGS}|3|0"
+    assert writer.end() == "left 0"
+    assert actions(directory) == ["n", "n", "chain.gap", "n", "n", "n"]
+    assert verify(directory).problem is None
+
+
+def test_what_a_flood_loses_is_told_and_counted(
+    directory: Path, faults: Faults, writer: Writer
+) -> None:
+    """Nothing has failed: the disk was only slower than what came."""
+    writer.put(1)
+    wait_until(lambda: lines_of(directory) == 1, "a record")
+    with faults.on(Rule("*/audit.jsonl", "sync", delay_s=2.0, most=1)) as (met,):
+        writer.put(1)
+        wait_until(lambda: met.fired, "a slow write")
+        writer.put(audit.MOST_HELD + 6)
+        assert writer.says() == f"failing|{audit.TOO_MANY}|0|0"
+        state, reason, _, lost = writer.says().split("|")
+
+    assert (state, reason, lost) == ("writing", audit.TOO_MANY, "7")
+    assert writer.end() == "left 0"
+    (gap,) = (one for one in page(directory, 20_000) if one["action"] == "chain.gap")
+    assert (gap["outcome"], gap["detail"]["lost"]) == (audit.TOO_MANY, 7)
+    assert verify(directory).problem is None
 
 
 def test_killed_at_any_moment_the_chain_goes_on(directory: Path, faults: Faults) -> None:

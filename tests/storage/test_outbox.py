@@ -58,6 +58,12 @@ def test_it_is_for_hive_alone(tmp_path: Path) -> None:
     assert modes == {0o600}
 
 
+def test_whoever_made_it_it_is_for_hive_alone(tmp_path: Path) -> None:
+    (tmp_path / FILE).touch(0o644)
+    with contextlib.closing(reopened(tmp_path)):
+        assert {path.stat().st_mode & 0o777 for path in tmp_path.iterdir()} == {0o600}
+
+
 def test_what_waits_is_read_in_its_order_and_as_it_was(tmp_path: Path, file: OutboxFile) -> None:
     """(R249)"""
     late = message(2, attempts=3, tried_at=7.0, last_error="HTTP 500", is_resolved=True)

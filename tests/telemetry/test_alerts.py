@@ -12,10 +12,12 @@ from typing import Any
 import pytest
 from msgspec.structs import asdict, replace
 
+from hive.errors import ConfigInvalid
 from hive.events import (
     COUNTED,
     AlertTried,
     Announcer,
+    AuditMoved,
     BreakerMoved,
     DaemonMoved,
     DeviceMoved,
@@ -28,6 +30,7 @@ from hive.events import (
     RetriesEnded,
     RollbackMoved,
     ServiceLevelMoved,
+    SessionMoved,
     WindowOperationEnded,
     WorkerMoved,
     WorkerReady,
@@ -167,6 +170,11 @@ async def test_an_escalation_says_everything_that_a_person_needs(heard: Heard) -
             "credentials_refused",
             replace(ENDED, model=None, worker=None, path="/hive/v1/sessions"),
         ),
+        (
+            AuditMoved("failing", "No space left on device"),
+            "audit_failed",
+            AuditMoved("writing", "No space left on device", 7),
+        ),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
@@ -272,12 +280,45 @@ async def test_a_catalogue_that_stays_away_is_critical(heard: Heard) -> None:
         model=None,
         worker=None,
     )
-    assert await heard.told(away) == []
-    heard.now += 301
-    assert await heard.told(away) == ["catalogue_down"]
-    assert await heard.told(replace(away, status=404, code="WINDOW_NOT_FOUND")) == [
-        "-catalogue_down"
+    answers: list[Event] = [
+        replace(away, status=404, code="WINDOW_NOT_FOUND"),
+        SessionMoved("s1", "llama", "", "active"),
+        OPERATION,
     ]
+    for answer in answers:
+        assert await heard.told(away) == []
+        heard.now += 200
+        assert await heard.told(away) == []
+        heard.now += 101
+        assert await heard.told(away) == ["catalogue_down"]
+        assert await heard.told(replace(OPERATION, code="STORAGE_WRITE_FAILED")) == []
+        assert await heard.told(answer) == ["-catalogue_down"]
+
+
+@awaited
+async def test_an_audit_log_that_was_changed_stays_so(heard: Heard) -> None:
+    """Writing again says nothing of what was changed."""
+    damaged = AuditMoved("damaged", "audit.3.jsonl, record 7")
+    assert await heard.told(AuditMoved("failing", "hush")) == ["audit_failed"]
+    assert await heard.told(damaged, damaged) == ["audit_damaged"]
+    assert await heard.told(AuditMoved("writing", "")) == ["-audit_failed"]
+    heard.now += 1e6
+    (open_,) = (await heard.alerts.view())["alerts"]
+    assert (open_["rule"], open_["level"]) == ("audit_damaged", "critical")
+    assert "hive audit verify" in open_["recommended_action"]
+
+
+@awaited
+async def test_the_worst_is_shown_first(heard: Heard) -> None:
+    await heard.all_ready()
+    await heard.tell(
+        replace(FAILED, code="INFERENCE_TIMEOUT"),
+        BreakerMoved("llama", "llama-0", "closed", "open", 5),
+        RollbackMoved("w1", is_undone=False, code="STORAGE_WRITE_FAILED"),
+        moved("llama-1", "LOST"),
+    )
+    levels = [one["level"] for one in (await heard.alerts.view())["alerts"]]
+    assert levels == ["emergency", "critical", "critical", "high", "medium"]
 
 
 @awaited
@@ -378,6 +419,22 @@ async def test_what_is_over_by_itself_is_told_while_it_runs(heard: Heard) -> Non
             "it is over",
             LOOK_S + 30,
         )
+
+
+@awaited
+async def test_a_single_error_comes_out_as_it_is(tmp_path: Path) -> None:
+    """Whoever starts hive looks at it, and systemd shows it."""
+    for url in ("", "http://127.0.0.1:1/"):
+        settings = Settings.model_validate(
+            {
+                "server": {"state_dir": str(tmp_path)},
+                "models": {"m": {**MODEL, "device": "cpu"}},
+                "alerts": {"webhook_url": url},
+            }
+        )
+        with pytest.raises(ConfigInvalid):
+            async with Alerts(settings, Announcer()).running():
+                raise ConfigInvalid
 
 
 @awaited

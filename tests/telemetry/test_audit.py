@@ -33,7 +33,7 @@ from hive.events import (
 )
 from hive.gateway import openapi
 from hive.settings import Settings
-from hive.storage.audit import Journal, News, page, verify
+from hive.storage.audit import HANGS, Journal, News, page, verify
 from hive.telemetry import audit
 from hive.telemetry.audit import Audit, action_of, auditing
 from tests.gateway.serving import key
@@ -288,6 +288,36 @@ async def test_a_flood_of_refused_keys_is_two_records(tmp_path: Path) -> None:
     assert said(again)[2:] == ("ci", "FORBIDDEN")
 
 
+@awaited
+async def test_a_flood_of_what_fails_for_a_key_is_two_records(tmp_path: Path) -> None:
+    """Whoever has a key for inference cannot fill the log; an operator's failures are each told."""
+    it = Listening(tmp_path, key("ops", "admin"), key("ci"), key("cd"), refusals_s=0.2)
+    for number in range(2000):
+        path = f"/hive/v1/requests/{number}"
+        it.hear(request("DELETE", path, 404, "NOT_FOUND", name="ci"))
+    it.hear(request("POST", "/hive/v1/windows", 409, "CONFLICT", name="ci"))
+    it.hear(request("DELETE", "/hive/v1/sessions/s", 204, name="ci"))
+    it.hear(request("DELETE", "/hive/v1/requests/x", 404, "NOT_FOUND", name="cd"))
+    for _ in range(3):
+        it.hear(request("DELETE", "/hive/v1/requests/x", 404, "NOT_FOUND"))
+    await until(lambda: it.audit._failures_timer is None, "a quiet minute")
+    it.hear(request("DELETE", "/hive/v1/requests/y", 404, "NOT_FOUND", name="ci"))
+
+    found = [one for one in it.records() if one["action"] != "key.used"]
+    who, cd = (f"{name}:{key(name)['sha256'][:6]}" for name in ("ci", "cd"))
+    cancel = ("request.cancel", "x", "404 NOT_FOUND")
+    assert [said(one) for one in found] == [
+        (who, "request.cancel", "0", "404 NOT_FOUND"),
+        (who, "session.delete", "s", "204"),
+        (cd, *cancel),
+        *[(OPS, *cancel)] * 3,
+        (who, "key.failures", "ci", "aggregated"),
+        (who, "request.cancel", "y", "404 NOT_FOUND"),
+    ]
+    failures = {"request.cancel NOT_FOUND": 1999, "window.freeze CONFLICT": 1}
+    assert found[-2]["detail"] == {"count": 2000, "failures": failures}
+
+
 # ── hive itself ─────────────────────────────────────────────────────────────────────────────────
 
 
@@ -430,6 +460,41 @@ async def test_a_disk_that_takes_nothing_is_announced_in_the_loop(tmp_path: Path
     assert first.state == "failing"
     assert isinstance(last, AuditMoved)
     assert last.lost == 2
+
+
+@awaited
+async def test_a_disk_that_hangs_is_announced_by_the_loop(tmp_path: Path) -> None:
+    """A pipe that nobody reads hangs like one."""
+    events: list[Event] = []
+    pipe = tmp_path / "s" / "audit" / ".head.json"
+    pipe.parent.mkdir(parents=True)
+    os.mkfifo(pipe)
+    with auditing(settings(tmp_path), events.append, stuck_s=0.1):
+        await until(lambda: events, "the news")
+        reader = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
+        pipe.unlink()
+        await until(lambda: len(events) > 2, "the end of it")
+        os.close(reader)
+
+    assert events[0] == AuditMoved("failing", HANGS)
+    assert [one.state for one in events if isinstance(one, AuditMoved)][-1] == "writing"
+
+
+@awaited
+async def test_what_was_wrong_at_the_start_is_told_again_to_who_listens_since(
+    tmp_path: Path,
+) -> None:
+    """Metrics are not there yet when the files are opened."""
+    with life(tmp_path, []):
+        pass
+    (tmp_path / "s" / "audit" / "head.json").unlink()
+    events: list[Event] = []
+    with life(tmp_path, events) as it:
+        await until(lambda: events, "the news")
+        it.hear(DaemonMoved("listening"))
+        await until(lambda: len(events) > 1, "the news again")
+
+    assert events == [AuditMoved("damaged", "head.json: it is missing")] * 2
 
 
 def test_what_is_counted_is_not_heard_but_for_refused_keys() -> None:

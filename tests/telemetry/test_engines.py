@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 from aiohttp import web
+from prometheus_client import generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 
 from hive.telemetry.engines import (
@@ -135,7 +136,7 @@ def up(found: Series) -> dict[str, float]:
 @awaited
 async def test_engines_metrics_stand_beside_hives_own_in_both_formats() -> None:
     metrics = Metrics(WORKERS)
-    before = series(text_string_to_metric_families(metrics.text()[0].decode()))
+    before = series(text_string_to_metric_families(generate_latest(metrics.registry).decode()))
     async with engines(m_0=says(EVERY_KIND), m_1=says(EVERY_KIND), n_0=says(GAUGE)) as sources:
         found = await scraped(Scrape(metrics, sources))
 

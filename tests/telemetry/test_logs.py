@@ -8,6 +8,7 @@ import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -460,3 +461,21 @@ def _raised(text: str) -> Exception:
     except ValueError as exc:
         return exc
     raise AssertionError
+
+
+def test_the_journal_is_told_how_bad_a_line_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """So that `journalctl -p warning` finds it; whoever else reads stderr gets plain JSON."""
+    path = tmp_path / "journal"
+    with path.open("wb") as file:
+        about = os.fstat(file.fileno())
+        monkeypatch.setenv("JOURNAL_STREAM", f"{about.st_dev}:{about.st_ino}")
+        writer = logs.configure("info", file.fileno())
+        logging.getLogger("hive").warning("bad news")
+        logs.write(ENDED)
+        writer.flush()
+        writer.close()
+    first, second = path.read_text().splitlines()
+    assert first.startswith('<4>{"event": "bad news"')
+    assert second.startswith('<6>{"request_id"')

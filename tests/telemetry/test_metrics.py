@@ -11,9 +11,11 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 from msgspec.structs import replace
+from prometheus_client import generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 
 from hive.events import (
+    AuditMoved,
     BreakerMoved,
     ConnectionRefused,
     DaemonMoved,
@@ -103,7 +105,7 @@ def state_of(metrics: Metrics, worker: str) -> list[str]:
 def test_every_metric_and_every_workers_series_exist_from_the_start() -> None:
     """A rate over a series that appears with its first event misses that event."""
     metrics = Metrics(WORKERS, rooms={"m": Counted(), "n": Counted()})
-    text = metrics.text()[0].decode()
+    text = generate_latest(metrics.registry).decode()
     made = {name for name in vars(metrics) if name != "registry"}
 
     assert text.count("# TYPE hive_") >= len(made)
@@ -567,6 +569,25 @@ def test_the_queries_that_are_told_say_what_they_are_told_for(tmp_path: Path) ->
     file.write_text(yaml.safe_dump({"tests": [test]}))
 
     promtool("test", "rules", file)
+
+
+# ── The audit log ───────────────────────────────────────────────────────────────────────────────
+
+
+def test_whether_the_audit_log_is_well_is_there_from_the_start() -> None:
+    """It works again; what was changed stays so until hive is started again."""
+    metrics = Metrics(WORKERS)
+
+    def now() -> tuple[float, ...]:
+        return tuple(scraped(metrics)[f"hive_audit_{one}", ()] for one in ("failing", "damaged"))
+
+    assert now() == (0, 0)
+    metrics.hear(AuditMoved("failing", "No space left on device"))
+    assert now() == (1, 0)
+    metrics.hear(AuditMoved("damaged", "head.json: it is missing"))
+    assert now() == (1, 1)
+    metrics.hear(AuditMoved("writing", "No space left on device", 3))
+    assert now() == (0, 1)
 
 
 # ── The event loop ──────────────────────────────────────────────────────────────────────────────

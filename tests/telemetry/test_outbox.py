@@ -5,9 +5,11 @@ import json
 import logging
 import os
 import resource
+import shutil
 import signal
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +28,7 @@ from hive.settings import Alerts
 from hive.storage.outbox import FILE, OutboxFile
 from hive.telemetry import outbox as module
 from hive.telemetry.outbox import Outbox, alert_name
+from steps.alerts import ALERTMANAGER, Alertmanager
 from tests.doubles.webhook import Broken, Webhook, webhook
 from tests.patience import awaited, until
 
@@ -123,10 +126,9 @@ async def test_an_escalation_is_sent_as_alertmanager_has_it(tmp_path: Path) -> N
             "timestamp": BEGAN,
         },
         "startsAt": "2026-01-31T12:00:00.123Z",
-        "endsAt": "2026-03-02T12:00:00.123Z",
     }
     same = {key: value for key, value in last.alert.items() if key != "endsAt"}
-    assert same == {key: value for key, value in first.alert.items() if key != "endsAt"}
+    assert same == first.alert
     assert last.alert["endsAt"] > first.alert["startsAt"]
 
 
@@ -141,6 +143,23 @@ async def test_only_what_is_bad_enough_is_sent(tmp_path: Path) -> None:
     assert [one.alert["labels"]["severity"] for one in hook.deliveries] == [
         *("critical", "critical", "emergency", "emergency")
     ]
+
+
+@awaited
+async def test_the_end_of_what_was_sent_is_sent_whatever_the_level_is_by_then(
+    tmp_path: Path,
+) -> None:
+    with webhook() as hook:
+        async with sending(tmp_path, hook.url, level="high") as it:
+            it.outbox.hear(escalated(0))
+            await taken(hook, 1)
+            it.outbox.apply(it.outbox._settings.model_copy(update={"level": "emergency"}))
+            it.outbox.hear(escalated(1))
+            it.outbox.hear(resolved(1))
+            it.outbox.hear(resolved(0))
+            await taken(hook, 2)
+    assert [one.alert["labels"]["worker"] for one in hook.taken] == ["llama-0", "llama-0"]
+    assert "endsAt" in hook.taken[1].alert
 
 
 @awaited
@@ -345,9 +364,14 @@ async def test_what_waited_is_sent_once_by_the_next_life(tmp_path: Path) -> None
         tries = it.tried("failed")[-1].attempts
         hook.status = 200
         async with sending(tmp_path, hook.url) as it:
+            await taken(hook, 3)
+            await it.queued(0)
+            assert len(hook.taken) == 3  # it may be so still
+            it.outbox.look_anew()
             await taken(hook, 4)
             assert it.tried("sent")[0].attempts > tries
         async with sending(tmp_path, hook.url) as it:
+            it.outbox.look_anew()
             await it.queued(0)
     sent = [
         (one.alert["labels"]["worker"], one.alert["annotations"].get("resolved"))
@@ -369,10 +393,156 @@ async def test_what_is_so_again_at_the_start_is_not_ended(tmp_path: Path) -> Non
         again = Sending(tmp_path, webhook_url=hook.url, retry_max_s=0.02)
         again.outbox.hear(escalated(0))  # a leak that was found before the outbox ran
         async with again.outbox.running():
+            again.outbox.look_anew()
             await taken(hook, 2)
             again.outbox.hear(resolved(0))
             await taken(hook, 3)
     assert len(hook.taken) == 3
+
+
+@pytest.mark.parametrize("how", ["refused", "waits"])
+@awaited
+async def test_an_end_that_was_not_taken_is_told_by_the_next_life(tmp_path: Path, how: str) -> None:
+    """Else what it ends would be open for ever."""
+    with webhook() as hook:
+        async with sending(tmp_path, hook.url) as it:
+            it.outbox.hear(escalated(0))
+            await taken(hook, 1)
+            hook.status = 400 if how == "refused" else 503
+            it.outbox.hear(resolved(0))
+            await until(lambda: it.tried("dropped") or it.tried("failed"), "a try")
+        hook.status = 200
+        for _ in range(2):  # and by that one alone
+            async with sending(tmp_path, hook.url) as it:
+                it.outbox.look_anew()
+                await taken(hook, 2)
+                await it.queued(0)
+    assert ["endsAt" in one.alert for one in hook.taken] == [False, True]
+    assert hook.repeats == []
+
+
+@awaited
+async def test_what_is_so_again_outlives_the_end_of_what_was(tmp_path: Path) -> None:
+    """An end that was on its way ends the first, not the second."""
+    with webhook() as hook:
+        async with sending(tmp_path, hook.url) as it:
+            for event in (escalated(0), resolved(0), escalated(0)):
+                it.outbox.hear(event)
+            await taken(hook, 3)
+            await it.queued(0)
+        async with sending(tmp_path, hook.url) as it:
+            it.outbox.look_anew()
+            await taken(hook, 4)
+    assert ["endsAt" in one.alert for one in hook.taken] == [False, True, False, True]
+
+
+# ── what is open is told again ──────────────────────────────────────────────────────────────────
+
+
+@awaited
+async def test_what_is_open_is_repeated_until_it_is_over(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """In one list, without an id: a repeat is no delivery, and is tried again only in its turn."""
+    monkeypatch.setattr(module, "REPEAT_S", 0.1)
+    with webhook() as hook:
+        async with sending(tmp_path, hook.url) as it:
+            it.outbox.hear(escalated(0))
+            it.outbox.hear(escalated(1))
+            await until(lambda: any(len(one.alerts) == 2 for one in hook.repeats), "both again")
+            repeat = hook.repeats[-1]
+            assert not {"idempotency-key", "x-hive-delivery"} & repeat.headers.keys()
+            for alert, first in zip(repeat.alerts, hook.taken, strict=True):
+                ends_in = datetime.fromisoformat(alert.pop("endsAt")) - datetime.now(UTC)
+                assert alert == first.alert
+                assert timedelta(minutes=9) < ends_in <= timedelta(minutes=10)
+            hook.status = 500
+            count = len(hook.repeats)
+            await until(lambda: len(hook.repeats) > count + 2, "it goes on")
+            hook.status = 200
+            it.outbox.hear(resolved(0))
+            await taken(hook, 3)
+            count = len(hook.repeats)
+            await until(lambda: len(hook.repeats) > count + 1, "the other one")
+            assert [one["labels"]["worker"] for one in hook.repeats[-1].alerts] == ["llama-1"]
+            it.outbox.hear(resolved(1))
+            await taken(hook, 4)
+            count = len(hook.repeats)
+            it.outbox.hear(escalated(2))
+            it.outbox.hear(resolved(2))
+            await taken(hook, 6)
+        assert len(hook.repeats) == count
+    assert not it.tried("failed")
+    assert len(hook.deliveries) == 6
+    assert caplog.text.count("could not be told again") == 1
+
+
+@awaited
+async def test_nothing_is_repeated_of_what_a_message_is_on_its_way_about(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It would be told before its message, or again after its end."""
+    monkeypatch.setattr(module, "REPEAT_S", 0.02)
+    with webhook(status=503) as hook:
+        async with sending(tmp_path, hook.url) as it:
+            it.outbox.hear(escalated(0))
+            await until(lambda: len(hook.deliveries) >= 2, "it is tried again")
+            assert hook.repeats == []
+            it.outbox.hear(resolved(0))
+            hook.status = 200
+            await taken(hook, 2)
+    assert hook.repeats == []
+
+
+@awaited
+async def test_what_is_open_at_the_end_stays_so_for_long(tmp_path: Path) -> None:
+    """And when the next life cannot start: nothing is over because hive is gone."""
+    with webhook() as hook:
+        async with sending(tmp_path, hook.url) as it:
+            it.outbox.hear(escalated(0))
+            await taken(hook, 1)
+        async with sending(tmp_path, hook.url) as it:
+            await it.queued(0)
+    assert len(hook.deliveries) == 1
+    for repeat in hook.repeats:
+        (alert,) = repeat.alerts
+        assert datetime.fromisoformat(alert["endsAt"]) > datetime.now(UTC) + timedelta(days=29)
+    assert len(hook.repeats) == 2
+
+
+@awaited
+async def test_an_alertmanager_that_was_started_anew_knows_what_is_open(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The real one: it keeps alerts in memory."""
+    program = next(filter(None, map(shutil.which, ALERTMANAGER)), None)
+    if program is None:
+        pytest.skip("no Alertmanager (Debian: prometheus-alertmanager)")
+    monkeypatch.setattr(module, "REPEAT_S", 0.2)
+    now = datetime.now(UTC).isoformat()
+
+    def ends_in() -> timedelta:
+        (alert,) = it.alerts
+        return datetime.fromisoformat(alert["endsAt"]) - datetime.now(UTC)
+
+    it = await asyncio.to_thread(Alertmanager, program, tmp_path)
+    try:
+        await until(it.is_ready, "it is ready", 20)
+        url = f"http://127.0.0.1:{it.port}/api/v2/alerts"
+        async with sending(tmp_path, url) as hive:
+            hive.outbox.hear(escalated(0, began_at=now))
+            await until(lambda: it.alerts and ends_in() > timedelta(minutes=9), "it has it")
+            it.end()
+            it.start()
+            await until(it.is_ready, "it is ready again", 20)
+            await until(lambda: it.alerts, "it has it again")
+            assert ends_in() < timedelta(minutes=10)
+        assert ends_in() > timedelta(days=29)
+        async with sending(tmp_path, url) as hive:
+            hive.outbox.look_anew()
+            await until(lambda: not it.alerts, "it is over")
+    finally:
+        it.end()
 
 
 # ── the disk ────────────────────────────────────────────────────────────────────────────────────
@@ -440,6 +610,57 @@ async def test_a_full_disk_is_told_once_and_alerts_are_sent_all_the_same(
     assert view["disk_error"] == ""
     assert [one["state"] for one in view["messages"]] == ["sent", "sent"]
     assert len(hook.deliveries) == 2
+
+
+@awaited
+async def test_what_was_sent_while_the_disk_was_full_is_written_down_once_it_is_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where nothing else is heard: the next life would send it again."""
+    monkeypatch.setattr(module, "AGAIN_S", 0.05)
+    with webhook() as hook:
+        async with sending(tmp_path, hook.url) as it, full_disk() as works_again:
+            works_again()
+            full = (0, resource.getrlimit(resource.RLIMIT_FSIZE)[1])
+
+            def fills(_number: int) -> None:
+                resource.setrlimit(resource.RLIMIT_FSIZE, full)
+
+            hook.arrived = fills
+            it.outbox.hear(escalated(0))
+            await until(lambda: it.tried("sent"), "it is sent")
+            await until(lambda: it.outbox._disk_failed, "it cannot be written down")
+            works_again()
+            await until(lambda: not it.outbox._is_unsaved, "it is written down")
+            hook.arrived = lambda _number: None
+
+
+@awaited
+async def test_a_disk_that_fails_for_ever_costs_no_more_and_more_memory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And what was on it is not sent again by the next life, where it works again in the end."""
+    monkeypatch.setattr(module, "AGAIN_S", 0.05)
+    with webhook() as hook:
+        async with sending(tmp_path, hook.url, max_waiting=5) as it:
+            async with full_disk() as works_again:
+                works_again()
+                hook.status = 503
+                it.outbox.hear(escalated(0))
+                await until(lambda: it.tried("failed"), "it waits, and is on disk")
+                resource.setrlimit(
+                    resource.RLIMIT_FSIZE, (0, resource.getrlimit(resource.RLIMIT_FSIZE)[1])
+                )
+                hook.status = 200
+                for number in range(1, 40):
+                    it.outbox.hear(escalated(number))
+                    await until(lambda n=number: len(hook.taken) > n, "it is taken")  # type: ignore[misc]
+                assert len(it.outbox._unsaved) <= 6
+                works_again()
+            await until(lambda: not it.outbox._is_unsaved, "it is written down")
+        async with sending(tmp_path, hook.url) as it:
+            await it.queued(0)
+    assert len({one.id for one in hook.taken}) == len(hook.taken) == 40
 
 
 @awaited
