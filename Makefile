@@ -25,10 +25,11 @@ model: engine
 demo: model
 	$(BIN)/python examples/demo.py $(DEMO)
 
-# First what needs the machine for itself, the real engine above all; then the rest, two by two.
+# First what needs the machine for itself, the real engine above all; then the rest, three at a time:
+# a test waits for a third of its time.
 test: check model
 	$(BIN)/python -m pytest -m alone
-	$(BIN)/python -m pytest -m "not alone" -n 2 --dist worksteal
+	$(BIN)/python -m pytest -m "not alone" -n 3 --dist worksteal
 
 check: $(STAMP)
 	$(BIN)/ruff format --check .

@@ -1,4 +1,4 @@
-"""Twenty kills (`--soak`: two hundred) of each of an engine's processes, at moments that chance chooses."""
+"""Ten kills (`--soak`: two hundred) of each of an engine's processes, at moments that chance chooses."""
 
 import os
 import random
@@ -11,7 +11,7 @@ from steps.driver import Hive
 from steps.story import MODEL, WORKER, Story
 from steps.waiting import must
 
-KILLS, MANY_KILLS = 20, 200
+KILLS, MANY_KILLS = 10, 200
 KNOWN_S = 2.0  # within this the client knows
 SEED = int(os.environ.get("KILLS_SEED", "0")) or random.SystemRandom().randrange(1, 10**6)
 

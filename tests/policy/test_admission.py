@@ -357,7 +357,7 @@ class RoomMachine(RuleBasedStateMachine):
 
 
 TestRoom = RoomMachine.TestCase
-TestRoom.settings = settings(max_examples=200, stateful_step_count=50)
+TestRoom.settings = settings(max_examples=80, stateful_step_count=50)
 
 
 # ── slots and places ────────────────────────────────────────────────────────────────────────────

@@ -171,7 +171,7 @@ class BreakerMachine(RuleBasedStateMachine):
 
 
 TestBreaker = BreakerMachine.TestCase
-TestBreaker.settings = settings(max_examples=200, stateful_step_count=50)
+TestBreaker.settings = settings(max_examples=80, stateful_step_count=50)
 
 
 @given(st.integers(1, 20))

@@ -172,7 +172,7 @@ def copy(tmp_path_factory: pytest.TempPathFactory) -> Callable[[dict[str, bytes]
 
 
 @given(data=st.data())
-@settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=120, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 def test_a_single_change_is_always_found(
     whole: dict[str, bytes], copy: Callable[[dict[str, bytes]], Path], data: st.DataObject
 ) -> None:
