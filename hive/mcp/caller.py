@@ -46,8 +46,11 @@ class Caller:
         )
 
     async def watch(self, tool: str, method: str, path: str, **more: Any) -> Result:
-        """One request, of whose progress the caller hears. Raises HiveError."""
-        heard: asyncio.Queue[tuple[str, int, int]] = asyncio.Queue()
+        """One request, of whose progress the caller hears, all of it before this returns.
+
+        Raises HiveError.
+        """
+        heard: asyncio.Queue[tuple[str, int, int] | None] = asyncio.Queue()
 
         def told(phase: str, done: int, total: int) -> None:
             heard.put_nowait((phase, done, total))
@@ -56,17 +59,17 @@ class Caller:
             return await watched(method, path, told, **self._daemon(limit_s), **more)
 
         async def hand_on() -> None:
-            while True:
-                await self.report(*await heard.get())
+            while (one := await heard.get()) is not None:
+                await self.report(*one)
 
         async with asyncio.TaskGroup() as tasks:
-            handing_on = tasks.create_task(hand_on(), name="progress")
+            tasks.create_task(hand_on(), name="progress")
             try:
                 return await self.plane.run(tool, ask, self.key(method, path))
             except HiveError as exc:
                 error = exc  # a group would wrap it
             finally:
-                handing_on.cancel()
+                heard.put_nowait(None)  # the last step came with the result, and is told before it
         raise error
 
     async def stream(self, tool: str, path: str, body: Any, headers: dict[str, str]) -> list[Any]:

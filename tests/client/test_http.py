@@ -17,26 +17,8 @@ from hive.errors import (
     every_error,
 )
 from hive.gateway import problems
+from tests.client.served import Served
 from tests.patience import awaited
-
-
-class Served:
-    """A daemon that answers as it is told, on a port of its own."""
-
-    def __init__(self, answer: Any) -> None:
-        app = web.Application()
-        app.router.add_route("*", "/{any:.*}", answer)
-        self._runner = web.AppRunner(app)
-
-    async def __aenter__(self) -> dict[str, Any]:
-        await self._runner.setup()
-        site = web.TCPSite(self._runner, "127.0.0.1", 0)
-        await site.start()
-        port = self._runner.addresses[0][1]
-        return {"url": f"http://127.0.0.1:{port}", "api_key": "k", "timeout_s": 5.0}
-
-    async def __aexit__(self, *_: object) -> None:
-        await self._runner.cleanup()
 
 
 @pytest.mark.parametrize("cls", [c for c in every_error() if c.code != "HTTP_ERROR"])

@@ -1,11 +1,13 @@
 """A tool's calls: parts that fail alone, and changes whose answer was lost."""
 
 import asyncio
+import json
 from collections.abc import Awaitable, Callable
 from typing import Any
 
 import aiohttp
 import pytest
+from aiohttp import web
 
 from hive.client.control import ControlPlane
 from hive.errors import (
@@ -17,8 +19,10 @@ from hive.errors import (
     Unauthorized,
     WindowNotFound,
 )
+from hive.gateway import problems
 from hive.mcp import caller as of_caller
 from hive.mcp.caller import Caller
+from tests.client.served import Served
 from tests.patience import awaited
 
 
@@ -62,6 +66,38 @@ def gives(*answers: Any) -> Callable[[], Awaitable[Any]]:
 def part(answer: Any) -> Callable[[float], Awaitable[Any]]:
     look = gives(answer)
     return lambda _limit_s: look()
+
+
+@pytest.mark.parametrize("end", ["result", "error"])
+@awaited
+async def test_all_progress_is_told_before_the_end_is(end: str) -> None:
+    """However slowly it is told, and though the last step and the end come in one piece."""
+    steps = [("link", done, 7) for done in range(8)]
+
+    async def answers(request: web.Request) -> web.StreamResponse:
+        response = web.StreamResponse(headers={"Content-Type": "text/event-stream"})
+        await response.prepare(request)
+        told = [("progress", {"phase": p, "done": d, "total": t}) for p, d, t in steps]
+        last = {"name": "w"} if end == "result" else problems.body(WindowNotFound("No w."))
+        data = [f"event: {kind}\ndata: {json.dumps(one)}\n\n" for kind, one in (*told, (end, last))]
+        await response.write("".join(data).encode())
+        return response
+
+    heard = []
+
+    async def slowly(*step: Any) -> None:
+        await asyncio.sleep(0)
+        heard.append(step)
+
+    async with Served(answers) as daemon:
+        caller = Caller(ControlPlane(), daemon["url"], "key", slowly)
+        watching = caller.watch("window_freeze", "POST", "/windows")
+        if end == "result":
+            assert (await watching).data == {"name": "w"}
+        else:
+            with pytest.raises(WindowNotFound):
+                await watching
+    assert heard == steps
 
 
 @awaited
