@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 DEMO := .demo
 
-.PHONY: demo test check docs engine model bench bench-gateway bench-tools test-tools soak test-gpu clean
+.PHONY: demo test host check docs engine model bench bench-gateway bench-tools test-tools soak test-gpu clean
 
 $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "hive needs Python 3.11 or newer; set PYTHON=")'
@@ -25,11 +25,16 @@ model: engine
 demo: model
 	$(BIN)/python examples/demo.py $(DEMO)
 
-# First what needs the machine for itself, the real engine above all; then the rest, three at a time:
-# a test waits for a third of its time.
-test: check model
-	$(BIN)/python -m pytest -m alone
-	$(BIN)/python -m pytest -m "not alone" -n 3 --dist worksteal
+# First the checks, and beside them what looks at the whole host. Then the real engine: it fills the
+# machine, and there are limits to its start. Then the rest, three at a time: a test waits for a
+# third of its time.
+test: model
+	$(MAKE) --jobs=2 --output-sync=target check host
+	$(BIN)/python -m pytest -m engine
+	$(BIN)/python -m pytest -m "not host and not engine" -n 3 --dist worksteal
+
+host: $(STAMP)
+	$(BIN)/python -m pytest -m host
 
 check: $(STAMP)
 	$(BIN)/ruff format --check .

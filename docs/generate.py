@@ -37,7 +37,7 @@ from hive.storage.sqlite import SQLite
 from hive.telemetry import engines
 from hive.telemetry.alerts import Alerts
 from hive.telemetry.metrics import Metrics
-from hive.telemetry.outbox import alert_name
+from hive.telemetry.webhook import alert_name
 from hive.windows.backups import Backups
 from hive.windows.blocks import Blocks
 from hive.windows.engines import Engines

@@ -13,6 +13,7 @@ import socket
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager
+from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING
 
@@ -20,6 +21,7 @@ from hive.devices import nvml
 from hive.devices.watch import Devices
 from hive.errors import HiveError
 from hive.events import COUNTED, Announcer, DaemonMoved, KeyRefused, RequestEnded
+from hive.gateway.admin import MetricsText
 from hive.gateway.app import Gateway
 from hive.gateway.audit import AuditApi
 from hive.gateway.listener import listening, raise_descriptor_limit
@@ -84,57 +86,13 @@ async def serve_supervised(
             devices = Devices(driver, resolved, announcer)
             groups = await asyncio.to_thread(cgroup.find)
             fleet = Fleet(settings, devices, ledger, announcer, groups)
-            metrics = Metrics(
-                ((worker.id, worker.model) for worker in fleet.everyone()),
-                (watched.device.id for watched in devices.watched.values()),
-                fleet.doors,
-            )
-            announcer.listen(metrics.hear)
-            scrape = Scrape(metrics, lambda: answering(fleet.everyone()))
             reloader = Reloader(settings, reread, announcer)
             reloader.tells(*applies)
             if inherited is not None:
                 reloader.asks(partial(systemd.must_be_guarded, inherited))
             async with windows_kept(settings, fleet, announcer) as kept:
-                drain = partial(stop_asked.ask, "drain")
-                apis = (AuditApi(settings.server.state_dir / DIRECTORY), ReloadApi(reloader.reload))
-                gateway = Gateway(
-                    settings,
-                    fleet,
-                    devices,
-                    ledger,
-                    announcer,
-                    scrape.text,
-                    drain,
-                    alerts,
-                    kept,
-                    apis,
-                )
-                async with (
-                    metrics.measuring_lag(),
-                    rechecking(ledger),
-                    listening(
-                        gateway.app,
-                        settings,
-                        announcer,
-                        inherited,
-                        most_connections,
-                        gateway.entrance,
-                    ) as apply_to_connections,
-                    fleet.running(),
-                    devices.watching(),
-                    reloading(reloader, stop_asked.reload),
-                ):
-                    reloader.tells(fleet.apply, gateway.apply, apply_to_connections)
-                    if kept is not None:
-                        reloader.tells(kept.apply)
-                    alerts.look_anew()  # not before: a start that fails has found nothing over
-                    await fleet.start()
-                    spare_collections()
-                    await until_the_end(stop_asked, fleet)
-                    reloader.close()
-                    announcer.announce(stopping(fleet, stop_asked))
-                    await stop_serving(gateway, fleet, stop_asked, reloader.settings.server.drain_s)
+                parts = Parts(settings, announcer, ledger, devices, fleet, reloader, alerts, kept)
+                await serve_fleet(parts, stop_asked, inherited, most_connections)
             await ledger.close()
         driver.close()
         announcer.announce(DaemonMoved("stopped"))
@@ -143,6 +101,79 @@ async def serve_supervised(
             raise fleet.verdict
         if error := ledger.error():
             raise error
+
+
+@dataclass(frozen=True, slots=True)
+class Parts:
+    """What serves, built and not yet running."""
+
+    settings: Settings
+    announcer: Announcer
+    ledger: Ledger
+    devices: Devices
+    fleet: Fleet
+    reloader: Reloader
+    alerts: Alerts
+    kept: "Keeping | None"
+
+
+async def serve_fleet(
+    parts: Parts,
+    stop_asked: "StopAsked",
+    inherited: socket.socket | None,
+    most_connections: int,
+) -> None:
+    """Listen and run the workers, until a stop is asked for or a device fails; then stop them."""
+    fleet, announcer, reloader = parts.fleet, parts.announcer, parts.reloader
+    metrics = Metrics(
+        ((worker.id, worker.model) for worker in fleet.everyone()),
+        (watched.device.id for watched in parts.devices.watched.values()),
+        fleet.doors,
+    )
+    announcer.listen(metrics.hear)
+    scrape = Scrape(metrics, lambda: answering(fleet.everyone()))
+    gateway = gateway_of(parts, scrape.text, partial(stop_asked.ask, "drain"))
+    async with (
+        metrics.measuring_lag(),
+        rechecking(parts.ledger),
+        listening(
+            gateway.app,
+            parts.settings,
+            announcer,
+            inherited,
+            most_connections,
+            gateway.entrance,
+        ) as apply_to_connections,
+        fleet.running(),
+        parts.devices.watching(),
+        reloading(reloader, stop_asked.reload),
+    ):
+        reloader.tells(fleet.apply, gateway.apply, apply_to_connections)
+        if parts.kept is not None:
+            reloader.tells(parts.kept.apply)
+        parts.alerts.look_anew()  # not before: a start that fails has found nothing over
+        await fleet.start()
+        spare_collections()
+        await until_the_end(stop_asked, fleet)
+        reloader.close()
+        announcer.announce(stopping(fleet, stop_asked))
+        await stop_serving(gateway, fleet, stop_asked, reloader.settings.server.drain_s)
+
+
+def gateway_of(parts: Parts, metrics: MetricsText, drain: Callable[[], None]) -> Gateway:
+    settings = parts.settings
+    return Gateway(
+        settings,
+        parts.fleet,
+        parts.devices,
+        parts.ledger,
+        parts.announcer,
+        metrics,
+        drain,
+        parts.alerts,
+        parts.kept,
+        (AuditApi(settings.server.state_dir / DIRECTORY), ReloadApi(parts.reloader.reload)),
+    )
 
 
 @contextmanager
@@ -193,7 +224,7 @@ async def windows_kept(
         return
     from hive.windows.keeping import keeping  # noqa: PLC0415 (a third of hive's start, and 20 MB)
 
-    async with keeping(settings, fleet, announcer) as kept:
+    async with keeping(settings, fleet, fleet.site.tier, announcer) as kept:
         yield kept
 
 

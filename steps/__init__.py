@@ -78,13 +78,13 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Most tests may run side by side; what takes long begins first, so that nobody waits for it.
 
-    The real engine comes before all else that needs the machine: there are tests in which the
-    kernel kills for memory, and a death in the half minute after that may be laid to it.
+    The real engine comes before all else: in other tests the kernel kills for memory, and a death in
+    the half minute after that may be laid to it.
     """
     for item in items:
         is_real = item.get_closest_marker("engine") is not None
-        if is_real or item.path.name in HOST_WIDE:
-            item.add_marker(pytest.mark.alone)
+        if item.path.name in HOST_WIDE:
+            item.add_marker(pytest.mark.host)
         if is_real and item.get_closest_marker("timeout") is None:
             item.add_marker(pytest.mark.timeout(REAL_S))
     items.sort(

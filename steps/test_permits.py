@@ -27,7 +27,7 @@ from tests.patience import within
 
 SEED = int(os.environ.get("PERMITS_SEED", "0")) or random.SystemRandom().randrange(1, 10**6)
 MANY = int(os.environ.get("PERMITS_COUNT", "20000"))
-FEW = 1500
+FEW = 750
 BETWEEN_RESTS, BETWEEN_MANY_RESTS = 375, 1000
 CLIENTS = 24  # at once
 ROUND_S = 120.0

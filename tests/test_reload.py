@@ -20,7 +20,7 @@ from hive.policy.reloading import is_one_of
 from hive.policy.retries import until_taken
 from hive.reload import Reloader
 from hive.settings import RELOADABLE, ApiKey, Model, Settings, Timeouts, load
-from hive.storage.audit import Journal
+from hive.storage.audit_writer import Journal
 from hive.telemetry import logs, systemd
 from hive.telemetry.audit import Audit
 from tests.gateway.serving import Serving, bearer, key, serving
@@ -150,17 +150,17 @@ CHANGES: dict[str, tuple[object, object, Look]] = {
     "windows.max_backups": (9, 9, lambda it: it.kept.backups._most),
     "alerts.webhook_token": (
         *("other",) * 2,
-        lambda it: it.outbox._settings.webhook_token.get_secret_value(),
+        lambda it: it.outbox._sender._settings.webhook_token.get_secret_value(),
     ),
     "alerts.webhook_token_file": (
         *("/token",) * 2,
-        lambda it: str(it.outbox._settings.webhook_token_file),
+        lambda it: str(it.outbox._sender._settings.webhook_token_file),
     ),
     "alerts.level": ("info", 0, lambda it: it.outbox._least),
     "alerts.labels": ({"host": "b"}, {"host": "b"}, lambda it: it.outbox._settings.labels),
     "alerts.runbook_url": (*("x",) * 2, lambda it: it.outbox._settings.runbook_url),
-    "alerts.timeout_s": (9, 9, lambda it: it.outbox._settings.timeout_s),
-    "alerts.retry_max_s": (9, until_taken(9), lambda it: it.outbox._policy),
+    "alerts.timeout_s": (9, 9, lambda it: it.outbox._sender._settings.timeout_s),
+    "alerts.retry_max_s": (9, until_taken(9), lambda it: it.outbox._sender._policy),
     "alerts.keep_s": (9, 9, lambda it: it.outbox._settings.keep_s),
     "alerts.max_waiting": (9, 9, lambda it: it.outbox._settings.max_waiting),
     "audit.max_mib": (9, 9 * 2**20, lambda it: it.journal._max_bytes),

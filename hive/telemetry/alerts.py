@@ -62,7 +62,8 @@ from hive.policy.escalation import (
 from hive.policy.lifecycle import State
 from hive.settings import Settings
 from hive.telemetry.metrics import OPERATIONS
-from hive.telemetry.outbox import CREDENTIALS, WEBHOOK, Outbox
+from hive.telemetry.outbox import Outbox
+from hive.telemetry.webhook import CREDENTIALS, WEBHOOK
 from hive.workers.lmcache import ID as CACHE
 
 # What is announced for each request alone, but for the end of its retries.

@@ -1,6 +1,6 @@
 """Who did what: a record of each fact that somebody may have to answer for (docs/audit.md).
 
-Listens to events and hands records to the journal's thread (storage/audit). A request of an
+Listens to events and hands records to the journal's thread (storage/audit_writer). A request of an
 operator becomes one record when it ends, with what was done meanwhile; what hive does by itself is
 its own. A record holds names and codes only: no prompt, key, salt, or word of an engine.
 """
@@ -35,7 +35,8 @@ from hive.events import (
 )
 from hive.policy.redaction import without_secrets
 from hive.settings import Settings
-from hive.storage.audit import STUCK_S, Facts, Journal, News, now
+from hive.storage.audit import Facts
+from hive.storage.audit_writer import STUCK_S, Journal, News, now
 
 DIRECTORY = "audit"
 LOCAL, HIVE, SIGNAL = "local", "hive", "signal"  # actors that no key has: a key's has a colon

@@ -13,8 +13,6 @@ import asyncio
 import contextlib
 import json
 import logging
-import os
-import random
 import secrets
 import sqlite3
 import time
@@ -23,26 +21,22 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
-from enum import StrEnum
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
-import aiohttp
-
 from hive.errors import Severity
 from hive.events import AlertTried, Announcer, Escalated, EscalationResolved, Event, OutboxCounted
-from hive.policy.escalation import LEVELS, Subject
-from hive.policy.retries import RetryPolicy, until_taken
-from hive.settings import Alerts, open_regular
+from hive.policy.escalation import LEVELS
+from hive.settings import Alerts
 from hive.storage.damage import is_broken
 from hive.storage.outbox import Kept, Message, OutboxFile, Progress
 from hive.storage.threads import in_its_own_thread
+from hive.telemetry.webhook import WEBHOOK, Sender, Tried, alert_of, stamp
 
 log = logging.getLogger(__name__)
 
 T = TypeVar("T")
-LEAST_S = 1.0  # between two tries, whatever is heard meanwhile
 SAVE_S = 2.0  # for the disk; what takes longer is not waited for
 AGAIN_S = 5.0  # until a disk that failed is tried again
 END_S = 3.0  # that hive's end gives what is still to be written and sent
@@ -50,39 +44,17 @@ REPEAT_S = 120.0  # what is open is told again; less than the 5 minutes after wh
 LASTS = timedelta(seconds=5 * REPEAT_S)  # what was repeated, without another repeat
 # What is open when hive ends: nobody repeats it, and that hive is gone does not make it over.
 LASTS_ALONE = timedelta(days=30)
-ANSWER_BYTES = 4096  # of an answer's body; nobody reads them
-TOKEN_BYTES = 4096
-REPEATED = "X-Hive-Repeat"  # has no delivery: whoever wants each thing once leaves it out
 TOLD = 20  # of the messages that are done
-WEBHOOK = Subject("webhook")
-CREDENTIALS = ("HTTP 401", "HTTP 403")
-# Of 4xx: the webhook means later, or its operator can correct hive's credentials.
-_LATER = (401, 403, 408, 429)
 _DISK = (sqlite3.Error, OSError)
 
 
-class Tried(StrEnum):
-    """What a try came to."""
-
-    SENT = "sent"
-    FAILED = "failed"
-    DROPPED = "dropped"
-
-
 class Outbox:
-    """The listener, the file and the sender. Without a webhook_url it does nothing."""
+    """The listener, the file and what waits for the sender. Without a webhook_url it does nothing."""
 
-    def __init__(
-        self,
-        settings: Alerts,
-        directory: Path,
-        announcer: Announcer,
-        chance: Callable[[], float] = random.random,
-    ) -> None:
-        self._settings, self._announcer, self._chance = settings, announcer, chance
-        self._url = settings.webhook_url.get_secret_value()
+    def __init__(self, settings: Alerts, directory: Path, announcer: Announcer) -> None:
+        self._settings, self._announcer = settings, announcer
+        self._sender = Sender(settings)
         self._least = LEVELS.index(Severity(settings.level))
-        self._policy: RetryPolicy = until_taken(settings.retry_max_s)
         self._file = OutboxFile(directory)
         self._is_read = False
         self._heard: deque[Escalated | EscalationResolved] = deque()
@@ -100,25 +72,21 @@ class Outbox:
         self._closed: set[str] = set()
         self._working: asyncio.Future[Any] | None = None  # the last call of the file
         self._disk_failed = ""  # why, where the disk failed last
-        self._failures = 0  # of the webhook, one after the other
-        self._next_try_at = 0.0  # seconds since 1970
         self._repeat_at = 0.0  # monotonic
         self._repeat_failed = False
         self._news = asyncio.Event()
         self._work = asyncio.Event()
-        self._fresh = asyncio.Event()  # something that was never tried
         self._turn = asyncio.Lock()  # of the file
 
     @property
     def is_on(self) -> bool:
-        return bool(self._url)
+        return self._sender.is_on
 
     def apply(self, settings: Alerts) -> None:
         """A reload: how is sent what is sent from now on. Where to needs a restart."""
         self._settings = settings
         self._least = LEVELS.index(Severity(settings.level))
-        self._policy = until_taken(settings.retry_max_s)
-        self._fresh.set()  # the token may be another one
+        self._sender.apply(settings)
 
     def hear(self, event: Event) -> None:
         """Keep what is to be sent; costs nothing for any other event."""
@@ -130,7 +98,7 @@ class Outbox:
             return  # the end of what was sent is told, whatever the level is by then
         self._heard.append(event)
         self._news.set()
-        self._fresh.set()
+        self._sender.hurry()
 
     @asynccontextmanager
     async def running(self) -> AsyncIterator[None]:
@@ -141,12 +109,10 @@ class Outbox:
         self._news.set()  # what an earlier life has left
         self._repeat_at = time.monotonic() + REPEAT_S
         try:
-            async with self._session() as session, asyncio.TaskGroup() as tasks:
+            async with self._sender.connected(), asyncio.TaskGroup() as tasks:
                 working = [
                     tasks.create_task(_for_ever(self._saving), name="outbox: save"),
-                    tasks.create_task(
-                        _for_ever(partial(self._sending, session)), name="outbox: send"
-                    ),
+                    tasks.create_task(_for_ever(self._sending), name="outbox: send"),
                 ]
                 try:
                     yield
@@ -156,7 +122,7 @@ class Outbox:
                         one.cancel()
                     await asyncio.wait(working)
                     if not self._waiting:
-                        await self._repeat(session, LASTS_ALONE, END_S)
+                        await self._repeat(LASTS_ALONE, END_S)
         finally:
             async with self._turn:
                 await self._in_thread(self._file.close)
@@ -180,9 +146,7 @@ class Outbox:
             "oldest_at": first.queued_at if first else None,
             "attempts": first.attempts if first else 0,
             "last_error": first.last_error if first else "",
-            "next_try_seconds": round(max(0.0, self._next_try_at - time.time()), 1)
-            if first
-            else 0.0,
+            "next_try_seconds": round(self._sender.next_try_s, 1) if first else 0.0,
             "disk_error": self._disk_failed,
             "messages": [_view(one) for one in [*reversed(self._waiting[-TOLD:]), *done][:TOLD]],
         }
@@ -192,7 +156,7 @@ class Outbox:
     def _take(self, event: Escalated | EscalationResolved) -> None:
         key = _key(event)
         if isinstance(event, Escalated):
-            alert = _alert(event, self._settings)
+            alert = alert_of(event, self._settings)
             self._alerts[key] = alert
             self._opened[key] = json.dumps(alert)
             self._closed.discard(key)
@@ -206,7 +170,7 @@ class Outbox:
         self, alert: dict[str, Any], rule: str, subject: str, level: str, why: str = ""
     ) -> None:
         """Queue its end; it is open in the file until that was sent."""
-        end = {**alert, "endsAt": _stamp(datetime.now(UTC))}
+        end = {**alert, "endsAt": stamp(datetime.now(UTC))}
         if why:
             end["annotations"] = {**alert["annotations"], "resolved": why}
         message = self._add(rule, subject, level, end, is_resolved=True)
@@ -405,24 +369,16 @@ class Outbox:
             )
         self._disk_failed = why
 
-    # ── the webhook ─────────────────────────────────────────────────────────────────────────────
+    # ── what is sent ────────────────────────────────────────────────────────────────────────────
 
-    def _session(self) -> aiohttp.ClientSession:
-        """No cookies, no proxy of the environment, no connection that is kept."""
-        return aiohttp.ClientSession(
-            connector=aiohttp.TCPConnector(limit=1, force_close=True),
-            cookie_jar=aiohttp.DummyCookieJar(),
-            headers={"User-Agent": "hive", "Content-Type": "application/json"},
-        )
-
-    async def _sending(self, session: aiohttp.ClientSession) -> None:
+    async def _sending(self) -> None:
         """The next message, once there is one; or a repeat, once it is time."""
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout_at(self._repeat_at):
                 await self._work.wait()
         # A webhook that does not take what waits is not asked for more.
-        if time.monotonic() >= self._repeat_at and not (self._waiting and self._failures):
-            await self._repeat(session, LASTS, self._settings.timeout_s)
+        if time.monotonic() >= self._repeat_at and not (self._waiting and self._sender.is_failing):
+            await self._repeat(LASTS, self._settings.timeout_s)
             return
         if not self._waiting:
             self._work.clear()
@@ -430,15 +386,13 @@ class Outbox:
         message = self._waiting[0]
         message.tried_at = time.time()
         message.attempts += 1
-        await self._tried(message, *await self._attempt(session, message))
+        await self._tried(message, *await self._sender.send(message.delivery, message.body))
 
-    async def _repeat(
-        self, session: aiohttp.ClientSession, lasts: timedelta, timeout_s: float
-    ) -> None:
+    async def _repeat(self, lasts: timedelta, timeout_s: float) -> None:
         """Say in one list what is open, but for what a message is on its way about."""
         self._repeat_at = time.monotonic() + REPEAT_S
         on_its_way = {_key(one) for one in (*self._waiting, *self._coming, *self._heard)}
-        ends_at = _stamp(datetime.now(UTC) + lasts)
+        ends_at = stamp(datetime.now(UTC) + lasts)
         alerts = [
             {**alert, "endsAt": ends_at}
             for key, alert in (self._earlier | self._alerts).items()
@@ -446,79 +400,26 @@ class Outbox:
         ]
         if not alerts:
             return
-        how, why = await self._post(session, json.dumps(alerts), {REPEATED: "true"}, timeout_s)
+        how, why = await self._sender.repeat(alerts, timeout_s)
         if how is not Tried.SENT and not self._repeat_failed:
             log.warning("what is open could not be told again to the alerts' webhook (%s)", why)
         self._repeat_failed = how is not Tried.SENT
-
-    async def _attempt(self, session: aiohttp.ClientSession, message: Message) -> tuple[Tried, str]:
-        headers = {"Idempotency-Key": message.delivery, "X-Hive-Delivery": message.delivery}
-        return await self._post(session, message.body, headers, self._settings.timeout_s)
-
-    async def _post(
-        self, session: aiohttp.ClientSession, body: str, headers: dict[str, str], timeout_s: float
-    ) -> tuple[Tried, str]:
-        """What came of it, and why it was not taken: never a host, a path or what was answered."""
-        try:
-            if token := self._token():
-                headers["Authorization"] = f"Bearer {token}"
-            async with session.post(
-                self._url,
-                data=body.encode(),
-                headers=headers,
-                allow_redirects=False,
-                timeout=aiohttp.ClientTimeout(total=timeout_s),
-            ) as answer:
-                await answer.content.read(ANSWER_BYTES)
-                status = answer.status
-        except TimeoutError:
-            return Tried.FAILED, f"no answer within {timeout_s:g} s"
-        except (aiohttp.ClientError, OSError, ValueError) as exc:
-            return Tried.FAILED, _reason(exc)
-        if 200 <= status < 300:  # noqa: PLR2004
-            return Tried.SENT, ""
-        is_final = 400 <= status < 500 and status not in _LATER  # noqa: PLR2004
-        return Tried.DROPPED if is_final else Tried.FAILED, f"HTTP {status}"
-
-    def _token(self) -> str:
-        """Raises OSError, ValueError where the file does not hold one."""
-        path = self._settings.webhook_token_file
-        if path is None:
-            return self._settings.webhook_token.get_secret_value()
-        with open_regular(path) as file:
-            token = file.read(TOKEN_BYTES + 1).decode("ascii").strip()
-        if not token or len(token) > TOKEN_BYTES or not token.isprintable() or " " in token:
-            raise ValueError("webhook_token_file holds no token")
-        return token
 
     async def _tried(self, message: Message, outcome: Tried, why: str) -> None:
         message.last_error = why
         self._unsaved[message.delivery] = message
         if outcome is Tried.FAILED:
-            self._failures += 1
-            pause_s = self._policy.delay_s(self._failures, self._chance())
-            self._next_try_at = time.time() + pause_s
             await self._write_if_read()
             self._tell(message, outcome)
             self._drop_what_is_old()
-            await self._pause(pause_s)
+            await self._sender.pause()
             return
-        self._failures, self._next_try_at = 0, 0.0
         if message in self._waiting:  # it may have made room meanwhile
             self._done(message, Progress.SENT if outcome is Tried.SENT else Progress.DROPPED)
         await self._write_if_read()
         if self._is_unsaved:
             self._news.set()  # who saves tries it again, as long as it takes
         self._tell(message, outcome)
-
-    async def _pause(self, seconds: float) -> None:
-        """A new alert is no reason to wait for the end of a long pause."""
-        self._fresh.clear()
-        least_s = min(LEAST_S, seconds)
-        await asyncio.sleep(least_s)
-        with contextlib.suppress(TimeoutError):
-            async with asyncio.timeout(seconds - least_s):
-                await self._fresh.wait()
 
     async def _write_if_read(self) -> None:
         if self._is_read:
@@ -538,7 +439,7 @@ class Outbox:
 
         def is_done() -> bool:
             is_kept = not (self._heard or self._coming or self._is_unsaved)
-            return is_kept and (not self._waiting or self._failures > 0)
+            return is_kept and (not self._waiting or self._sender.is_failing)
 
         until = time.monotonic() + END_S
         while not is_done() and time.monotonic() < until:
@@ -563,69 +464,6 @@ async def _for_ever(step: Callable[[], Awaitable[None]]) -> None:
         except Exception:
             log.exception("the outbox of alerts met what nobody foresaw")
             await asyncio.sleep(AGAIN_S)
-
-
-# ── Alertmanager's words ────────────────────────────────────────────────────────────────────────
-
-
-def alert_name(rule: str) -> str:
-    """HiveBreakerOpen of breaker_open."""
-    return "Hive" + "".join(word.capitalize() for word in rule.split("_"))
-
-
-def _alert(event: Escalated, settings: Alerts) -> dict[str, Any]:
-    """As Alertmanager's API v2 takes it. It has no end: it may be long on its way."""
-    name = alert_name(event.rule)
-    labels = {
-        **settings.labels,
-        "alertname": name,
-        "severity": event.level,
-        "rule": event.rule,
-        "operation": event.operation,
-        "model": event.model,
-        "worker": event.worker,
-        "device": event.device,
-        "kind": str(event.context.get("kind", "")),
-    }
-    began = datetime.fromisoformat(event.began_at)
-    return {
-        # To Alertmanager an empty label is none.
-        "labels": {key: value for key, value in labels.items() if value},
-        "annotations": {
-            "summary": event.message,
-            "description": _described(event),
-            "recommended_action": event.recommended_action,
-            "runbook_url": f"{settings.runbook_url}#{name.lower()}",
-            "error_code": event.code,
-            "timestamp": event.began_at,
-        },
-        "startsAt": _stamp(began),
-    }
-
-
-def _described(event: Escalated) -> str:
-    """The message with its numbers: calls 24, failures 13."""
-    facts = ", ".join(f"{key} {value}" for key, value in event.context.items())
-    code = f" ({event.code})" if event.code else ""
-    return f"{event.message}{code}{f' {facts}.' if facts else ''} {event.recommended_action}"
-
-
-def _stamp(moment: datetime) -> str:
-    return moment.astimezone(UTC).isoformat(timespec="milliseconds").replace("+00:00", "Z")
-
-
-def _reason(exc: Exception) -> str:
-    """In a few words; a file's name or an address may be in the exception's own."""
-    if isinstance(exc, aiohttp.ClientConnectorDNSError):
-        return "its name cannot be resolved"
-    if isinstance(exc, aiohttp.ClientConnectorError):
-        # asyncio's own words have the address in them.
-        return os.strerror(exc.errno) if exc.errno else "no connection"
-    if isinstance(exc, OSError) and exc.filename:
-        return f"webhook_token_file: {os.strerror(exc.errno or 0)}"
-    if isinstance(exc, ValueError) and not isinstance(exc, aiohttp.ClientError):
-        return "webhook_token_file holds no token"
-    return type(exc).__name__
 
 
 def _view(message: Message) -> dict[str, Any]:

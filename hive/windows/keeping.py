@@ -4,6 +4,7 @@ import logging
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
+from pathlib import Path
 
 from hive.events import Announcer
 from hive.settings import Settings
@@ -40,18 +41,15 @@ class Keeping:
 
 @asynccontextmanager
 async def keeping(
-    settings: Settings, fleet: Fleet, announcer: Announcer
-) -> AsyncIterator[Keeping | None]:
-    """Open the catalogue, end what an earlier life left half done; None where nothing has windows.
+    settings: Settings, fleet: Fleet, tier_directory: Path, announcer: Announcer
+) -> AsyncIterator[Keeping]:
+    """Open the catalogue, end what an earlier life left half done; `tier_directory` is LMCache's.
 
     Raises ConfigInvalid, StoreUnreachable.
     """
-    if fleet.site is None:
-        yield None
-        return
     state = settings.server.state_dir
-    tier = Tier(fleet.site.tier, int(settings.windows.kv_tier_gib * GIB))
-    files = WindowFiles(state / WINDOWS, fleet.site.tier)
+    tier = Tier(tier_directory, int(settings.windows.kv_tier_gib * GIB))
+    files = WindowFiles(state / WINDOWS, tier_directory)
     url = settings.windows.catalogue_url.get_secret_value()
     async with opened(state, url) as catalogue:
         for line in await recover(catalogue, files):

@@ -13,6 +13,7 @@ import aiohttp
 from aiohttp import web
 from aiohttp.web_exceptions import NotAppKeyWarning
 
+from hive.daemon import windows_kept
 from hive.devices.nvml import Driver
 from hive.devices.watch import Devices
 from hive.events import Announcer, DaemonMoved, Event
@@ -25,7 +26,7 @@ from hive.settings import Settings
 from hive.telemetry.alerts import DEAF_TO, Alerts
 from hive.telemetry.engines import Scrape, answering
 from hive.telemetry.metrics import Metrics
-from hive.windows.keeping import Keeping, keeping
+from hive.windows.keeping import Keeping
 from hive.workers.fleet import Fleet
 from hive.workers.ledger import Ledger
 from hive.workers.life import Life
@@ -164,7 +165,7 @@ async def serving(
         it = Serving(home, model or {}, sections)
         if it.fleet.site is not None:
             it.fleet.site.tier.mkdir(mode=0o700, exist_ok=True)
-        async with keeping(it.settings, it.fleet, it.announcer) as kept:
+        async with windows_kept(it.settings, it.fleet, it.announcer) as kept:
             it.open(kept)
             if engine is not None:
                 await web.UnixSite(runner, str(it.place.socket)).start()

@@ -4,7 +4,7 @@ import pytest
 
 from hive.events import KeyRefused
 from hive.gateway.audit import MOST
-from hive.storage.audit import Journal
+from hive.storage.audit_writer import Journal
 from tests.gateway.serving import Serving, bearer, key, serving
 from tests.patience import awaited
 

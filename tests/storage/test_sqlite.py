@@ -63,8 +63,9 @@ def garbage(file: Path) -> None:
 
 
 def flipped(file: Path) -> None:
+    """Every page but the first says that it is of another kind; a flip in a text nobody would see."""
     data = bytearray(file.read_bytes())
-    for at in range(4096 + 8, len(data), 512):
+    for at in range(4096, len(data), 4096):
         data[at] ^= 0xFF
     file.write_bytes(data)
 

@@ -33,7 +33,8 @@ from hive.events import (
 )
 from hive.gateway import openapi
 from hive.settings import Settings
-from hive.storage.audit import HANGS, Journal, News, page, verify
+from hive.storage.audit import page, verify
+from hive.storage.audit_writer import HANGS, Journal, News
 from hive.telemetry import audit
 from hive.telemetry.audit import Audit, action_of, auditing
 from tests.gateway.serving import key
