@@ -118,8 +118,14 @@ class Leaving:
         return True
 
     async def close(self) -> None:
-        """All connections at once."""
-        await asyncio.gather(*(one.close() for one in list(self._made)))
+        """All connections at once but one: the last one takes SQLite's log into the file.
+
+        Of two that close at the same moment each may take the other for somebody who goes on.
+        """
+        made = list(self._made)
+        await asyncio.gather(*(one.close() for one in made[1:]))
+        for last in made[:1]:
+            await last.close()
 
     def __repr__(self) -> str:
         return f"<Leaving {len(self._kept)} kept>"

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from hive.storage.leaving import Leaving
+from hive.storage.tables import CONNECTIONS
 from tests.doubles.fs import HANGS_S, Rule
 from tests.failing import Apart, Failed, apart
 from tests.patience import awaited, short_directory, until, wait_until
@@ -148,3 +149,18 @@ async def test_a_connection_is_closed_once_and_is_no_more() -> None:
         with pytest.raises(ValueError, match="no active connection"):
             await made.execute("SELECT 1")
         assert not leaving.hangs
+
+
+@awaited
+async def test_after_the_end_all_is_in_the_one_file() -> None:
+    """Whoever copies it, or finds it broken, has no log of SQLite's beside it."""
+    with short_directory() as home:
+        for _ in range(100):
+            leaving = Leaving(home / "x", 5.0)
+            made = [await leaving.connected() for _ in range(CONNECTIONS)]
+            for one in made:
+                await one.execute("PRAGMA journal_mode=WAL")
+                await one.execute("CREATE TABLE IF NOT EXISTS t (n)")
+            assert (home / "x-wal").exists()
+            await leaving.close()
+            assert [path.name for path in home.iterdir()] == ["x"]
