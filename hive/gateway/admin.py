@@ -24,7 +24,7 @@ from hive.gateway import shapes
 from hive.gateway.alerts import Told
 from hive.gateway.auth import Caller
 from hive.gateway.openapi import EVENTS, TEXT, described
-from hive.gateway.queries import OfModel
+from hive.gateway.queries import OfModel, whole_number
 from hive.gateway.stream import EventStream, Streams
 from hive.gateway.traffic import Passage, Traffic
 from hive.policy.redaction import for_clients, without_secrets
@@ -371,6 +371,7 @@ async def _rotated(path: Path, fd: int) -> BinaryIO | None:
 
 
 def _whole_number(text: str, name: str, most: int) -> int:
-    if not text.isascii() or not text.isdigit() or len(text) > len(str(most)) or int(text) > most:
+    number = whole_number(text, 0, most)
+    if number is None:
         raise ValidationFailed(f"'{name}' must be a whole number from 0 to {most}.", param=name)
-    return int(text)
+    return number

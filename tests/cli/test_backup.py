@@ -3,7 +3,6 @@
 import hashlib
 import json
 import os
-import pty
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,8 +11,8 @@ from typing import Any
 import pytest
 
 from hive import cli
-from steps import leaks
 from steps.driver import HIVE, ROOT, Hive, new_hive
+from tests.terminal import on_a_terminal
 from tests.windows.daemon import WINDOWS
 
 Capture = pytest.CaptureFixture[str]
@@ -179,20 +178,10 @@ def test_on_a_terminal_it_asks_before_it_deletes(
 ) -> None:
     frozen(daemon, "monday")
     at = as_json(capsys, "create", "monday")["timestamp"]
-    ours, theirs = pty.openpty()
-    try:
-        command = [*HIVE, "backup", "delete", "--window", "monday", "--timestamp", at]
-        with subprocess.Popen(
-            command, stdin=theirs, stderr=theirs, stdout=subprocess.PIPE, cwd=ROOT
-        ) as process:
-            leaks.started_pids.add(process.pid)
-            os.write(ours, f"{typed}\n".encode())
-            process.communicate(timeout=30)
-        assert process.returncode == (0 if is_gone else 1)
-        assert f"Delete the backup of monday of {at}?".encode() in os.read(ours, 4096)
-    finally:
-        os.close(ours)
-        os.close(theirs)
+    command = ("backup", "delete", "--window", "monday", "--timestamp", at)
+    code, shown, _ = on_a_terminal(*command, typed=f"{typed}\n")
+    assert code == (0 if is_gone else 1)
+    assert f"Delete the backup of monday of {at}?" in shown
     assert (files_of(daemon) == []) is is_gone
 
 

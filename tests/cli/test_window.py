@@ -3,10 +3,7 @@
 import contextlib
 import hashlib
 import json
-import os
-import pty
 import socket
-import subprocess
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,9 +14,9 @@ import pytest
 from hive import cli
 from hive.cli import client
 from hive.errors import DaemonUnreachable, HiveError, StorageCorrupted
-from steps import leaks
-from steps.driver import HIVE, ROOT, Hive, new_hive
+from steps.driver import Hive, new_hive
 from steps.waiting import must
+from tests.terminal import on_a_terminal
 from tests.windows.daemon import WINDOWS
 
 Capture = pytest.CaptureFixture[str]
@@ -279,7 +276,7 @@ def test_on_a_terminal_it_asks_first(
     daemon: Hive, typed: str, status: int, left: list[str]
 ) -> None:
     frozen(daemon, "w")
-    code, shown, out = on_a_terminal(daemon, "delete", "w", "--json", typed=typed)
+    code, shown, out = on_a_terminal("window", "delete", "w", "--json", typed=typed)
 
     assert (code, [one["name"] for one in windows(daemon)]) == (status, left)
     assert "Delete window w (145 tokens, 18 KiB)? What is in it is lost. [y/N]" in shown
@@ -497,35 +494,9 @@ def test_what_may_take_minutes_is_waited_for(capsys: Capture) -> None:
 # ── progress ────────────────────────────────────────────────────────────────────────────────────
 
 
-def on_a_terminal(daemon: Hive, *args: str, typed: str = "") -> tuple[int, str, str]:
-    """Status, what the terminal showed, and standard output, which is none."""
-    ours, theirs = pty.openpty()
-    try:
-        process = subprocess.Popen(
-            [*HIVE, "window", *args],
-            stdin=theirs,
-            stderr=theirs,
-            stdout=subprocess.PIPE,
-            text=True,
-            cwd=ROOT,
-            env={**os.environ, "TERM": "xterm", "COLUMNS": "100"},
-        )
-        leaks.started_pids.add(process.pid)
-        os.close(theirs)
-        os.write(ours, typed.encode())
-        shown = b""
-        with contextlib.suppress(OSError):  # EIO: its last user has gone
-            while part := os.read(ours, 65536):
-                shown += part
-        out, _ = process.communicate(timeout=30)
-    finally:
-        os.close(ours)
-    return process.returncode, shown.decode(), out
-
-
 def test_progress_is_shown_on_a_terminal(daemon: Hive) -> None:
     session = talked(daemon)
-    code, shown, out = on_a_terminal(daemon, "freeze", session, "w")
+    code, shown, out = on_a_terminal("window", "freeze", session, "w")
 
     assert (code, out) == (0, "w: frozen, 145 tokens, 9 blocks, 18 KiB\n")
     assert "w: link" in shown
@@ -535,7 +506,7 @@ def test_progress_is_shown_on_a_terminal(daemon: Hive) -> None:
 def test_progress_of_many_windows_names_each(daemon: Hive) -> None:
     frozen(daemon, "a")
     frozen(daemon, "b")
-    code, shown, _ = on_a_terminal(daemon, "diagnose", "--check-integrity")
+    code, shown, _ = on_a_terminal("window", "diagnose", "--check-integrity")
 
     assert code == 0
     assert "a (1 of 2): check" in shown

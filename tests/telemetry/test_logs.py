@@ -41,6 +41,7 @@ from hive.events import (
     request_id_var,
 )
 from hive.telemetry import logs
+from tests.terminal import shown_to
 
 KEY = "hive_" + "k" * 43
 ENDED = RequestEnded(
@@ -438,13 +439,13 @@ def test_on_a_terminal_nothing_steers_it_and_no_secret_is_shown() -> None:
         root.error("failed", exc_info=_raised(f"cannot use {secret}"))
         root.error("failed", exc_info=ValueError("\x1b]0;PWN\x07"))
         writer.flush()
-        shown = os.read(reader, 65536).decode()
     finally:
         root.handlers = []
         root.setLevel(level)
         structlog.reset_defaults()
         writer.close()
         os.close(fd)
+        shown = shown_to(reader).decode()
         os.close(reader)
 
     assert r"\x1b[2Jred" in shown
