@@ -132,7 +132,9 @@ def serving(arguments: list[str], environment: dict[str, str]) -> Iterator[str]:
             found = LOGGED.search(line)
         yield found.group(1)
         process.terminate()
-        assert process.wait(10) == 0
+        _, said = process.communicate(timeout=10)
+        assert process.returncode == 0
+        assert "Traceback" not in said
     finally:
         if process.poll() is None:
             process.kill()

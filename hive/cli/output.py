@@ -95,9 +95,10 @@ def show_error(error: HiveError, *, as_json: bool) -> None:
 
 
 def lines_of(error: HiveError) -> list[str]:
-    """An error for people: every problem, the code, and what to do."""
+    """An error for people: every problem that is not the message itself, the code, what to do."""
+    problems = error.details.get("problems", ())
     return [
-        *(f"hive: {problem}" for problem in error.details.get("problems", ())),
+        *(f"hive: {problem}" for problem in problems if problem != error.message),
         f"hive: {error.code}: {error.message}",
         f"hive: what to do: {error.suggested_action}",
     ]

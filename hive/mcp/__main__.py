@@ -19,6 +19,7 @@ log = logging.getLogger("hive.mcp")
 
 PATH = "/mcp"
 LEAVE_S = 0.5  # for what is under way to notice
+GRACE_S = 1  # for answers that are being sent; streams that stay open are cut off
 
 
 async def over_stdio(hive: Hive) -> None:
@@ -57,7 +58,9 @@ async def over_http(hive: Hive, host: str, port: int) -> None:
     app = hive.server().streamable_http_app(
         streamable_http_path=PATH, host=host, transport_security=security
     )
-    config = uvicorn.Config(app, log_config=None, access_log=False, lifespan="on")
+    config = uvicorn.Config(
+        app, log_config=None, access_log=False, lifespan="on", timeout_graceful_shutdown=GRACE_S
+    )
     log.info("listening on http://%s:%d%s", place, listening.getsockname()[1], PATH)
     with listening:
         await uvicorn.Server(config).serve(sockets=[listening])
@@ -95,8 +98,10 @@ def main(options: dict[str, object]) -> int:
         if options["transport"] == "stdio":
             asyncio.run(_until_told(over_stdio(hive)))
         else:
-            port = int(str(options["port"]))
-            asyncio.run(_until_told(over_http(hive, str(options["host"]), port)))
+            # uvicorn listens to both itself, ends, and raises what it heard once more.
+            for number in (signal.SIGTERM, signal.SIGINT):
+                signal.signal(number, lambda *_: sys.exit(0))
+            asyncio.run(over_http(hive, str(options["host"]), int(str(options["port"]))))
     except HiveError as exc:
         logs.tell(f"hive: {exc.message}\n  {exc.suggested_action}\n")
         return exc.exit_code

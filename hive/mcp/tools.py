@@ -1,5 +1,6 @@
 """The tools: what an agent may ask hive for, each a request or two to the HTTP API."""
 
+import contextlib
 import time
 from collections.abc import Awaitable, Callable, Iterable
 from dataclasses import dataclass, replace
@@ -272,15 +273,22 @@ async def get_metrics_data(caller: Caller, asked: Metrics) -> Result:
 async def chat(caller: Caller, asked: Chat) -> Result:
     """Ask a model; with a session the conversation is kept, and can be frozen."""
     session = asked.session_id and _session(asked.session_id)
+    made = None
     if asked.new_session and not session:
-        made = await caller.ask(
+        new = await caller.ask(
             "session_new", "POST", place("sessions"), json={"model": asked.model}
         )
-        session = made.data["id"]
+        session = made = new.data["id"]
     body = asked.model_dump(exclude={"session_id", "new_session"}, exclude_none=True)
     body |= {"stream": True, "stream_options": {"include_usage": True}}
     headers = {"X-Hive-Session": session} if session else {}
-    events = await caller.stream("chat", "/v1/chat/completions", body, headers)
+    try:
+        events = await caller.stream("chat", "/v1/chat/completions", body, headers)
+    except HiveError:
+        if made is not None:  # nothing was said in it, and nobody was told of it
+            with contextlib.suppress(HiveError):
+                await caller.ask("session_delete", "DELETE", place("sessions", made))
+        raise
     choices = [choice for one in events for choice in one.get("choices", ())]
     usage = next((one["usage"] for one in reversed(events) if one.get("usage")), None)
     return Result(

@@ -53,6 +53,12 @@ def test_an_error_is_told_with_all_its_problems_and_what_to_do(capsys: Capture) 
     ]
 
 
+def test_an_error_that_is_its_only_problem_is_told_once(capsys: Capture) -> None:
+    output.show_error(ConfigInvalid("this is wrong", problems=["this is wrong"]), as_json=False)
+
+    assert capsys.readouterr().err.count("this is wrong") == 1
+
+
 def test_programs_get_the_errors_body_beside_the_lines_for_people(capsys: Capture) -> None:
     """The same body that HTTP would have sent (R027, R043)."""
     output.show_error(ServiceUnavailable(reason="loading", retry_after_s=2.5), as_json=True)
@@ -80,7 +86,7 @@ def test_what_engines_said_steers_no_terminal(capsys: Capture) -> None:
     output.print_table(("reason",), [(CLEAR,)])
     output.say(f"m-0: FAILED ({CLEAR})")
     output.say(CLEAR, err=True)
-    error = ConfigInvalid(CLEAR, action=f"Correct {CLEAR}", problems=[CLEAR])
+    error = ConfigInvalid(CLEAR, action=f"Correct {CLEAR}", problems=[CLEAR, f"b: {CLEAR}"])
     output.show_error(error, as_json=True)
     out, err = capsys.readouterr()
 

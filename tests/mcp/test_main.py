@@ -79,6 +79,30 @@ def test_a_page_in_somebodys_browser_is_refused(host: str) -> None:
         assert httpx2.post(address, json=body, headers=headers).status_code not in (403, 421)
 
 
+def test_its_end_waits_for_no_agent_that_listens() -> None:
+    """`serving` sends SIGTERM, and looks for an exit code of 0 and no traceback."""
+    body = {
+        "jsonrpc": "2.0",
+        "id": 1,
+        "method": "initialize",
+        "params": {
+            "protocolVersion": "2025-06-18",
+            "capabilities": {},
+            "clientInfo": {"name": "t", "version": "1"},
+        },
+    }
+    accepted = {"Accept": "application/json, text/event-stream"}
+    with httpx2.Client(headers=accepted, timeout=10) as client:
+        with serving(["--port", "0"], dict(os.environ)) as address:
+            began = client.post(address, json=body)
+            session = {"Mcp-Session-Id": began.headers["mcp-session-id"]}
+            listening = client.send(
+                client.build_request("GET", address, headers=session), stream=True
+            )
+            assert listening.status_code == 200
+        listening.close()
+
+
 def test_a_url_with_a_password_is_refused() -> None:
     """Arguments are everybody's to read."""
     ran = run_hive("mcp", "--url", "http://ann:secret@127.0.0.1:1", within_s=20)

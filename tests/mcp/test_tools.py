@@ -4,13 +4,27 @@ import time
 from typing import Any
 
 import pytest
+from aiohttp import web
 from prometheus_client.parser import text_string_to_metric_families
 
 from hive.client.control import ControlPlane, Result
-from hive.errors import HiveError, WindowNotFound
+from hive.errors import Forbidden, HiveError, WindowNotFound
+from hive.gateway import problems
 from hive.mcp.caller import Caller
-from hive.mcp.tools import TOOLS, Arguments, Status, Tool, _outcome, _samples, window_verify
+from hive.mcp.tools import (
+    TOOLS,
+    Arguments,
+    Chat,
+    Message,
+    Status,
+    Tool,
+    _outcome,
+    _samples,
+    chat,
+    window_verify,
+)
 from hive.policy.control import OPERATIONS
+from tests.client.served import Served
 from tests.patience import awaited
 
 WANTED = {
@@ -135,6 +149,30 @@ async def test_a_check_that_finds_damage_is_an_answer_and_no_error(found: Any, w
     object.__setattr__(caller, "answer", {"something": "else"})
     with pytest.raises(HiveError, match="not hive's"):
         await window_verify(caller, Status(window_name="w"))
+
+
+@pytest.mark.parametrize("is_new", [True, False])
+@awaited
+async def test_a_session_in_which_nothing_was_said_is_not_left_behind(is_new: bool) -> None:
+    """A key may be good for sessions, and for no model."""
+    heard = []
+
+    async def refuses(request: web.Request) -> web.Response:
+        heard.append((request.method, request.path))
+        if request.path.endswith("/completions"):
+            return web.json_response(problems.body(Forbidden()), status=403)
+        return web.json_response({"id": "s1"})
+
+    asked: dict[str, Any] = {"new_session": True} if is_new else {"session_id": "theirs"}
+    hello = Message(role="user", content="hi")
+    async with Served(refuses) as daemon:
+        caller = Caller(ControlPlane(), daemon["url"], "key", unheard)
+        with pytest.raises(Forbidden):
+            await chat(caller, Chat(model="m", messages=[hello], **asked))
+
+    talk = ("POST", "/v1/chat/completions")
+    begun = [("POST", "/hive/v1/sessions"), talk, ("DELETE", "/hive/v1/sessions/s1")]
+    assert heard == (begun if is_new else [talk])
 
 
 def test_only_what_destroys_says_so() -> None:

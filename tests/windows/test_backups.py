@@ -498,7 +498,7 @@ async def test_whoever_serves_does_not_wait_for_the_disk_of_backups(
     caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It hangs: that is told, and nothing else is kept by it, the end neither."""
-    monkeypatch.setattr("hive.windows.backups.LOOK_S", 0.3)
+    monkeypatch.setattr("hive.windows.backups.LOOK_S", 1.0)
     monkeypatch.setattr("hive.windows.work.HANGS_S", 0.1)
     go_on = threading.Event()
 
@@ -512,7 +512,7 @@ async def test_whoever_serves_does_not_wait_for_the_disk_of_backups(
             await hive.frozen()
             began = time.monotonic()
             async with hive.backups.running():
-                assert time.monotonic() - began < 0.2  # the start is not kept
+                assert time.monotonic() - began < 0.9  # the start is not kept
                 assert (await hive.windows.verify("ada", "w1")).is_whole
                 await until(lambda: "cannot be looked at" in caplog.text, "it is told")
             assert "the disk under windows.backup_dir hangs" in caplog.text
