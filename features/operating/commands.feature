@@ -17,7 +17,7 @@ Feature: Commands
         | command                  | printed               |
         | status                   | ready                 |
         | worker list              | llama-0               |
-        | worker show llama-0      | READY                 |
+        | worker show llama-0      | state closed          |
         | worker logs llama-0      | hello from the engine |
         | health                   | ok                    |
         | health --verbose         | llama-0               |

@@ -7,7 +7,7 @@ from typing import Any
 import click
 
 from hive.cli.client import Duration, call, daemon_options, follow
-from hive.cli.output import json_option, print_json, print_table, say
+from hive.cli.output import clock, json_option, print_json, print_table, say
 from hive.policy.visible import visible
 
 AT_REST = {
@@ -51,7 +51,16 @@ def show(worker_id: str, as_json: bool, **daemon: Any) -> None:
     if as_json:
         print_json(found)
     else:
-        print_table(("", ""), ((k.replace("_", " "), v) for k, v in found.items()))
+        shown = {**found, "device": _device(found), "since": clock(found["since"])}
+        if (load_s := shown.pop("load_seconds")) is not None:
+            shown["load"] = f"{load_s:.1f} s"
+        if breaker := found.get("breaker"):
+            shown["breaker"] = ", ".join(f"{_label(k)} {v}" for k, v in breaker.items() if v)
+        print_table(("", ""), ((_label(k), v) for k, v in shown.items()))
+
+
+def _label(key: str) -> str:
+    return key.replace("_", " ")
 
 
 @worker.command()

@@ -44,6 +44,7 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 _CONTINUE = "100-continue"
+_OF_WINDOWS = ("/hive/v1/sessions", "/hive/v1/windows", "/hive/v1/backups")
 
 
 class Api(Protocol):
@@ -81,6 +82,7 @@ class Gateway:
         self._admin = Admin(
             fleet, devices, ledger, self._traffic, stream, self._streams, metrics, drain, alerts
         )
+        self._has_windows = keeping is not None
         sessions = keeping.sessions if keeping else None
         self._inference = Inference(settings, fleet, announcer, sessions)
         self.app = web.Application(middlewares=[self._answer])
@@ -173,7 +175,7 @@ class Gateway:
         except HiveError as exc:
             error = exc.with_traceback(None)  # else it and this frame keep each other
         except web.HTTPException as exc:
-            error = _from_aiohttp(exc)
+            error = self._from_aiohttp(exc, request.path)
         except (asyncio.CancelledError, ClientLeft):
             raise
         except ConnectionError as exc:  # a reader of events or of a log left
@@ -192,6 +194,22 @@ class Gateway:
         if transport is None or transport.is_closing() or request.method == "HEAD":
             return _sign(problems.response(error, passage.request_id), passage)
         return problems.write(error, request, transport, passage.request_id)
+
+    def _from_aiohttp(self, exc: web.HTTPException, path: str) -> HiveError:
+        """404 and 405 of the router, and whatever else aiohttp itself refuses, in hive's shape."""
+        if isinstance(exc, web.HTTPNotFound):
+            if path.startswith(_OF_WINDOWS) and not self._has_windows:
+                return NotFound(
+                    "hive keeps no sessions, windows or backups: no model has windows = true.",
+                    action="Set windows = true for a model, and start hive again.",
+                )
+            return NotFound("There is nothing at this path.")
+        if isinstance(exc, web.HTTPMethodNotAllowed):
+            allowed = sorted(exc.allowed_methods)
+            return HttpError(
+                f"This path takes {', '.join(allowed)} only.", status=405, allowed=allowed
+            )
+        return HttpError(f"The request was refused: {exc.reason}.", status=exc.status)
 
 
 def _refused(error: HiveError, passage: Passage) -> KeyRefused:
@@ -217,13 +235,3 @@ async def _sign_a_stream(request: web.Request, response: web.StreamResponse) -> 
     """A handler that streams sends the head by itself."""
     if (passage := request.get("passage")) is not None:
         _sign(response, passage)
-
-
-def _from_aiohttp(exc: web.HTTPException) -> HiveError:
-    """404 and 405 of the router, and whatever else aiohttp itself refuses, in hive's shape."""
-    if isinstance(exc, web.HTTPNotFound):
-        return NotFound("There is nothing at this path.")
-    if isinstance(exc, web.HTTPMethodNotAllowed):
-        allowed = sorted(exc.allowed_methods)
-        return HttpError(f"This path takes {', '.join(allowed)} only.", status=405, allowed=allowed)
-    return HttpError(f"The request was refused: {exc.reason}.", status=exc.status)

@@ -175,7 +175,8 @@ class Windows:
                 if said is None:
                     raise InvalidStateTransition(
                         "Cannot perform this operation in current state: nothing was answered in "
-                        "the session yet."
+                        "the session yet.",
+                        action="Send a request with X-Hive-Session first, and freeze what was answered.",
                     )
                 await self._must_have_room(session.owner)
                 window = Window(

@@ -39,8 +39,9 @@ def threads(name: str) -> list[threading.Thread]:
 
 
 @pytest.fixture
-def driver_of() -> Iterator[MakeDriver]:
+def driver_of(monkeypatch: pytest.MonkeyPatch) -> Iterator[MakeDriver]:
     """Make a driver with its deadline in seconds."""
+    monkeypatch.setattr("hive.devices.nvml.EVENT_MS", 50)  # so long each test's end waits for it
     with contextlib.ExitStack() as closing:
 
         def make(call_s: float) -> Driver:

@@ -14,6 +14,7 @@ from hive.gateway.windows import BODY_BYTES, MOST_AT_ONCE, _streamed
 from hive.windows.work import Progress
 from steps.driver import Answer, Hive, Stream
 from steps.waiting import must
+from tests.gateway.serving import serving
 from tests.patience import awaited, until
 from tests.windows.daemon import (
     Owner,
@@ -721,3 +722,15 @@ async def test_a_connection_that_breaks_under_an_event_is_a_client_that_left() -
         finally:
             await runner.cleanup()
     assert isinstance(ended[0], ConnectionError | asyncio.CancelledError)
+
+
+@pytest.mark.parametrize("path", [SESSIONS, WINDOWS, f"{WINDOWS}/w/thaw", "/hive/v1/backups"])
+@awaited
+async def test_where_no_model_has_windows_that_is_told(path: str) -> None:
+    async with serving() as it:
+        answer, told = await it.ask("GET", path)
+        _, elsewhere = await it.ask("GET", "/hive/v1/nowhere")
+
+    assert (answer.status, told["error"]["code"]) == (404, "NOT_FOUND")
+    assert "no model has windows = true" in told["error"]["message"]
+    assert "windows" not in elsewhere["error"]["message"]

@@ -73,7 +73,7 @@ async def test_what_is_too_old_is_dropped_and_told(
 ) -> None:
     """(R235)"""
     with webhook(status=500) as hook:
-        async with sending(tmp_path, hook.url, keep_s=0.3) as it:
+        async with sending(tmp_path, hook.url, keep_s=2.0) as it:
             it.outbox.hear(escalated())
             await until(lambda: it.tried("dropped"), "it is dropped")
             hook.status = 200
