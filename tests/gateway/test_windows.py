@@ -443,7 +443,7 @@ def test_a_session_that_said_nothing_has_nothing_to_freeze(ada: Owner) -> None:
     """R086"""
     answer = ada.freeze(ada.session(), new_name())
     assert told_by(answer) == (409, "INVALID_STATE_TRANSITION", "CWM-3001")
-    assert "hive window status" in answer.error["details"]["suggested_action"]
+    assert "X-Hive-Session" in answer.error["details"]["suggested_action"]
 
 
 # ── lists ───────────────────────────────────────────────────────────────────────────────────────
