@@ -45,4 +45,4 @@ Feature: The real engine is cancelled, hangs, and is drained
       And a client is reading an answer of 400 tokens
       When the worker is drained
       Then the whole answer arrives
-      And the worker is stopped, and can be started again
+      And the worker is stopped, and begins to start when that is asked for

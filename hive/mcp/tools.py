@@ -10,7 +10,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from pydantic import BaseModel, ConfigDict, Field
 
 from hive.client.control import Result
-from hive.client.http import not_hives, opened, place
+from hive.client.http import is_told, not_hives, opened, place
 from hive.errors import (
     DaemonUnreachable,
     HiveError,
@@ -284,8 +284,9 @@ async def chat(caller: Caller, asked: Chat) -> Result:
     headers = {"X-Hive-Session": session} if session else {}
     try:
         events = await caller.stream("chat", "/v1/chat/completions", body, headers)
-    except HiveError:
-        if made is not None:  # nothing was said in it, and nobody was told of it
+    except HiveError as exc:
+        # Nothing was said in it, and nobody was told of it; a daemon that is away is not waited for.
+        if made is not None and is_told(exc):
             with contextlib.suppress(HiveError):
                 await caller.ask("session_delete", "DELETE", place("sessions", made))
         raise

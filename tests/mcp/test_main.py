@@ -10,7 +10,7 @@ import pytest
 
 from hive.mcp.__main__ import _is_loopback
 from steps.driver import run_hive
-from steps.mcp import serving
+from steps.mcp import INITIALIZE, serving
 
 
 @pytest.mark.parametrize(
@@ -81,20 +81,10 @@ def test_a_page_in_somebodys_browser_is_refused(host: str) -> None:
 
 def test_its_end_waits_for_no_agent_that_listens() -> None:
     """`serving` sends SIGTERM, and looks for an exit code of 0 and no traceback."""
-    body = {
-        "jsonrpc": "2.0",
-        "id": 1,
-        "method": "initialize",
-        "params": {
-            "protocolVersion": "2025-06-18",
-            "capabilities": {},
-            "clientInfo": {"name": "t", "version": "1"},
-        },
-    }
     accepted = {"Accept": "application/json, text/event-stream"}
     with httpx2.Client(headers=accepted, timeout=10) as client:
         with serving(["--port", "0"], dict(os.environ)) as address:
-            began = client.post(address, json=body)
+            began = client.post(address, json=INITIALIZE)
             session = {"Mcp-Session-Id": began.headers["mcp-session-id"]}
             listening = client.send(
                 client.build_request("GET", address, headers=session), stream=True
